@@ -1,0 +1,57 @@
+# make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl]   a recipe, run to the end on this machine
+# make test                                                       lint, types, all tests
+# make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
+# make sky                                                        SkyPilot, in .venv/sky
+# make lock                                                       pyproject.toml -> lock files
+TASK ?= gpt-oss-20b-lora.yaml
+UV := $(or $(shell command -v uv),.venv/uv/bin/uv)
+PYTHON := .venv/train/bin/python
+SKY := .venv/sky/bin
+# uv does not read pip's configuration: hand on where this machine keeps wheels of its own.
+export UV_FIND_LINKS ?= $(shell python3 -m pip config get global.find-links 2>/dev/null)
+export UV_PYTHON_PREFERENCE ?= system
+
+.PHONY: rehearse test test-sky sky lock clean
+
+rehearse: .venv/train/.installed
+	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
+
+test: .venv/train/.installed .venv/sky/.installed
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy sft tests/rehearsal
+	$(PYTHON) -m pytest tests --ignore tests/sky
+	$(SKY)/python -m pytest tests/sky/test_tasks.py
+
+test-sky: .venv/train/.installed .venv/sky/.installed
+	tests/sky/lab.sh $(SKY)/python -m pytest tests/sky/test_launch.py
+
+sky: .venv/sky/.installed
+
+.venv/train/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
+	$(UV) venv -q --allow-existing --python 3.11 .venv/train
+	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock
+	touch $@
+
+.venv/sky/.installed: tests/sky/requirements.lock | $(UV)
+	$(UV) venv -q --allow-existing --python 3.11 .venv/sky
+	$(UV) pip install --python $(SKY)/python -r tests/sky/requirements.lock
+	touch $@
+
+.venv/uv/bin/uv:
+	python3 -m venv .venv/uv || { echo "python3 has no venv module: apt-get install python3-venv, or install uv" >&2; exit 1; }
+	.venv/uv/bin/pip install -q uv==0.13.9
+
+# A wheel of torch without CUDA does not ask for the CUDA packages: they are constraints, not requirements.
+CUDA := ^(cuda|triton|nvidia-[^m])
+COMPILE := env -u UV_FIND_LINKS $(UV) pip compile -q --universal --python-version 3.11 --no-annotate pyproject.toml
+lock: | $(UV)
+	$(COMPILE) --no-header --group training -o .venv/full.lock
+	grep -vE '$(CUDA)' .venv/full.lock > sft/requirements.lock
+	grep -E '$(CUDA)' .venv/full.lock > sft/cuda.lock
+	$(COMPILE) --no-header --group training --group dev -c .venv/full.lock -o .venv/dev.lock
+	grep -vxFf .venv/full.lock .venv/dev.lock > tests/requirements.lock
+	$(COMPILE) --no-header --group sky -o tests/sky/requirements.lock
+
+clean:
+	rm -rf .venv .rehearsal .cache

@@ -1,0 +1,72 @@
+"""Find what a user can get wrong before the ranks start, and say it in one line.
+
+    python sft/preflight.py FLAGS       the flags of train.py
+
+Run once on each node by the task files. It leaves the tokenised data in the cache, so that the
+ranks only read it.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from data import load_data
+from errors import UserError, one_line_errors
+from flags import parse_args
+from model import load_config, load_tokenizer
+
+BUCKET_MOUNT = "/checkpoints"
+
+
+def check_gpus() -> None:
+    """Raise UserError if this node has fewer usable GPUs than ranks."""
+    wanted = int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 1))
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if not use_cpu and torch.cuda.device_count() < wanted:
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are usable, {wanted} wanted: "
+            "does nvidia-smi work on this node?"
+        )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raise UserError if checkpoints cannot be kept there: not mounted, not writable, full."""
+    bucket = os.environ.get("CHECKPOINT_BUCKET")
+    if bucket and output_dir.startswith(BUCKET_MOUNT) and not os.path.ismount(BUCKET_MOUNT):
+        raise UserError(
+            f"CHECKPOINT_BUCKET is {bucket!r} but nothing is mounted at {BUCKET_MOUNT}: restore "
+            "its lines in file_mounts, or set it to '' to keep checkpoints on the node's disk"
+        )
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"{output_dir} cannot be written ({error.strerror}): it keeps the checkpoints"
+        ) from error
+    if shutil.disk_usage(output_dir).free < 2**30:
+        raise UserError(f"less than 1 GiB is free at {output_dir}: it keeps the checkpoints")
+
+
+def main() -> None:
+    check_gpus()
+    script_args, training_args, model_args = parse_args()
+    check_output_dir(training_args.output_dir)
+    model_id, revision = model_args.model_name_or_path, model_args.model_revision
+    load_config(model_id, revision=revision)
+    load_data(
+        script_args.dataset_name,
+        load_tokenizer(model_id, revision=revision),
+        max_length=training_args.max_length,
+        config=script_args.dataset_config,
+        split=script_args.dataset_train_split,
+    )
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
