@@ -21,10 +21,10 @@ test: .venv/train/.installed .venv/sky/.installed
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy sft tests/rehearsal
 	$(PYTHON) -m pytest tests --ignore tests/sky
-	$(SKY)/python -m pytest tests/sky/test_tasks.py
+	$(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
 
 test-sky: .venv/train/.installed .venv/sky/.installed
-	tests/sky/lab.sh $(SKY)/python -m pytest tests/sky/test_launch.py
+	tests/sky/lab.sh $(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py
 
 sky: .venv/sky/.installed
 

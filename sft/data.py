@@ -45,13 +45,11 @@ def load_conversations(source: str, *, config: str | None = None, split: str = "
     path = Path(source)
     if path.suffix in (".jsonl", ".json") or path.exists():
         files = jsonl_files(path)
-        for file in files:
-            check_jsonl(file)
+        if sum(check_jsonl(file) for file in files) == 0:
+            raise UserError(f"dataset {source!r} is empty: it needs at least one conversation")
         dataset = read("json", data_files=[str(file) for file in files], split="train")
     else:
         dataset = read(source, name=config, split=split)
-    if len(dataset) == 0:
-        raise UserError(f"dataset {source!r} is empty: it needs at least one conversation")
     if "messages" not in dataset.column_names:
         raise UserError(
             f"dataset {source!r} has the columns {', '.join(dataset.column_names)}: "
@@ -86,21 +84,24 @@ def jsonl_files(path: Path) -> list[Path]:
     return files
 
 
-def check_jsonl(file: Path) -> None:
-    """Raise UserError at the first line that is no conversation: its number and what is wrong."""
+def check_jsonl(file: Path) -> int:
+    """Count the conversations. Raises UserError at the first line that is none, with its number."""
+    count = 0
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            count += 1
             problem = find_problem(line)
             if problem is not None:
                 raise UserError(f"{file}:{number}: {problem}; a line looks like {EXAMPLE}")
+    return count
 
 
 def find_problem(line: bytes) -> str | None:
     """What keeps this JSONL line from being a conversation, or None."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start})"
     except json.JSONDecodeError as error:

@@ -1,0 +1,78 @@
+"""A tiny gpt-oss made on the spot, and train.py launched as the task files launch it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# Before the hub's client is imported: tests ask nobody, and do not wait for an answer.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
+
+REPO = Path(__file__).resolve().parents[1]
+CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
+TASK_FILES = sorted(REPO.glob("*.yaml"))
+
+CPU_ENVS = {
+    "PYTHONPATH": str(REPO / "tests/rehearsal/cpu"),
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "WANDB_API_KEY": "",
+}
+
+Launch = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-gpt-oss"
+    return save_tiny_gpt_oss(folder, conversation_texts(CONVERSATIONS))
+
+
+@pytest.fixture
+def launch(tiny_model: Path, tmp_path: Path) -> Launch:
+    """Run train.py under `accelerate launch` with one of sft/'s configs and two processes."""
+
+    def run(config: str, *flags: str, **envs: str) -> subprocess.CompletedProcess[str]:
+        command = [
+            str(Path(sys.executable).with_name("accelerate")),
+            "launch",
+            f"--config_file={REPO / 'sft' / config}",
+            "--num_machines=1",
+            "--num_processes=2",
+            "--main_process_port=0",
+            str(REPO / "sft/train.py"),
+            *defaults(tiny_model, tmp_path),
+        ]
+        return subprocess.run(
+            [*command, *flags], env=os.environ | CPU_ENVS | envs, capture_output=True, text=True
+        )
+
+    return run
+
+
+def defaults(model: Path, output_dir: Path) -> list[str]:
+    """Flags of a run of four short steps."""
+    return [
+        f"--model_name_or_path={model}",
+        f"--dataset_name={CONVERSATIONS}",
+        f"--output_dir={output_dir / 'run'}",
+        "--run_name=test",
+        "--use_cpu=true",
+        "--packing=true",
+        "--max_length=256",
+        "--max_steps=4",
+        "--save_steps=2",
+        "--learning_rate=1e-2",
+        "--activation_checkpointing=true",
+        "--per_device_train_batch_size=1",
+        "--logging_steps=1",
+        "--disable_tqdm=true",
+        "--resume_from_checkpoint=true",
+    ]

@@ -1,0 +1,29 @@
+"""Flags that contradict each other, and the defaults that are set on purpose."""
+
+import pytest
+
+from errors import UserError
+from flags import parse_args
+
+BASE = ["--use_cpu=true", "--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
+
+
+def test_router_aux_loss_is_off_unless_asked_for() -> None:
+    assert parse_args(BASE)[1].router_aux_loss_coef == 0.0
+    assert parse_args([*BASE, "--router_aux_loss_coef=0.01"])[1].router_aux_loss_coef == 0.01
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*BASE, "--lerning_rate=1"], "lerning_rate"),
+        ([*BASE, "--lora_r=8"], "--lora_r is for LoRA"),
+        ([*BASE, "--use_peft=true", "--lora_dropout=0.1"], "--lora_dropout must be 0"),
+        ([*BASE, "--use_peft=true", "--lora_dropout=0", "--load_in_4bit=true"], "load_in_4bit"),
+        (["--use_cpu=true", "--dataset_name=d", "--output_dir=o"], "no model"),
+        (["--use_cpu=true", "--model_name_or_path=m", "--output_dir=o"], "no dataset"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_args(flags)

@@ -1,0 +1,71 @@
+"""Runs of train.py with two real processes."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from transformers import AutoModelForCausalLM
+
+from conftest import Launch
+
+
+def losses(output: str) -> list[float]:
+    entries = [line for line in output.splitlines() if line.startswith("{'loss'")]
+    return [float(ast.literal_eval(entry)["loss"]) for entry in entries]
+
+
+def test_full_run_is_sharded_resumed_and_done_once(launch: Launch, tmp_path: Path) -> None:
+    whole = launch("fsdp2.yaml", "--output_dir", str(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    assert len(losses(whole.stdout)) == 4
+    assert "processes: 2" in whole.stdout
+
+    shards = tmp_path / "whole/checkpoint-2/pytorch_model_fsdp_0"
+    assert {file.name for file in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    tensors = FileSystemReader(shards).read_metadata().state_dict_metadata
+    for name, tensor in tensors.items():
+        assert isinstance(tensor, TensorStorageMetadata)
+        assert len(tensor.chunks) == 2, f"{name} is not sharded over both ranks"
+
+    stopped = launch("fsdp2.yaml", "--max_steps=2", "--lr_scheduler_type=constant")
+    resumed = launch("fsdp2.yaml", "--max_steps=4", "--lr_scheduler_type=constant")
+    unbroken = launch(
+        "fsdp2.yaml", "--lr_scheduler_type=constant", f"--output_dir={tmp_path / 'unbroken'}"
+    )
+    assert re.search(r"resuming from \S+/checkpoint-2", resumed.stdout), resumed.stderr
+    assert losses(stopped.stdout) + losses(resumed.stdout) == losses(unbroken.stdout)
+
+    again = launch("fsdp2.yaml", "--max_steps=4", "--lr_scheduler_type=constant")
+    assert again.returncode == 0, again.stderr
+    assert "this run had finished at step 4" in again.stdout
+    assert losses(again.stdout) == []
+
+
+def test_zero3_with_offload_is_an_alternative(launch: Launch, tmp_path: Path) -> None:
+    result = launch("zero3_offload.yaml")
+    assert result.returncode == 0, result.stderr
+    assert losses(result.stdout)[-1] < losses(result.stdout)[0]
+    states = (tmp_path / "run/checkpoint-4/global_step4").glob("*_optim_states.pt")
+    assert len(list(states)) == 2
+    _, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run/final", output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("key", ["", "0" * 40])
+def test_wandb_only_with_a_key(launch: Launch, key: str, tmp_path: Path) -> None:
+    result = launch(
+        "ddp.yaml",
+        WANDB_API_KEY=key,
+        WANDB_MODE="offline",
+        WANDB_DIR=str(tmp_path),
+        SKYPILOT_TASK_ID="sky-2026-11-23-00-00-00-000000_cluster-1",
+    )
+    assert result.returncode == 0, result.stderr
+    runs = list(tmp_path.glob("wandb/offline-run-*sky-2026-11-23-00-00-00-000000_cluster-1"))
+    assert len(runs) == bool(key)
+    assert not key or key not in result.stdout + result.stderr
