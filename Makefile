@@ -19,7 +19,7 @@ rehearse: .venv/train/.installed
 test: .venv/train/.installed .venv/sky/.installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy sft tests/rehearsal
+	$(PYTHON) -m mypy sft tests/rehearsal tests/*.py
 	$(PYTHON) -m pytest tests --ignore tests/sky
 	$(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
 
