@@ -9,6 +9,7 @@ from accelerate import PartialState
 from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
+from trl import ScriptArguments, SFTConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from errors import UserError
@@ -18,6 +19,26 @@ EXAMPLE = (
     '{"messages": [{"role": "user", "content": "2+2?"}, '
     '{"role": "assistant", "thinking": "Easy.", "content": "4"}]}'
 )
+
+
+def load_datasets(
+    script_args: ScriptArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, Dataset | None]:
+    """The split to train on and, where the flags ask for evaluation, the one to evaluate on."""
+    splits = [script_args.dataset_train_split]
+    if training_args.eval_strategy != "no":
+        splits.append(script_args.dataset_test_split)
+    train_dataset, *rest = [
+        load_data(
+            script_args.dataset_name,
+            tokenizer,
+            max_length=training_args.max_length,
+            config=script_args.dataset_config,
+            split=split,
+        )
+        for split in splits
+    ]
+    return train_dataset, rest[0] if rest else None
 
 
 def load_data(
@@ -44,6 +65,10 @@ def load_conversations(source: str, *, config: str | None = None, split: str = "
     """Rows with a `messages` column from a hub name, a .jsonl file or a folder of them."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json") or path.exists():
+        if split != "train":
+            raise UserError(
+                f"{source!r} is a local dataset and has no split {split!r} to evaluate on"
+            )
         files = jsonl_files(path)
         if sum(check_jsonl(file) for file in files) == 0:
             raise UserError(f"dataset {source!r} is empty: it needs at least one conversation")

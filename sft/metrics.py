@@ -49,7 +49,6 @@ class Throughput(TrainerCallback):
         self.peak_flops = peak_flops()
         self.started = self.last_time = time.monotonic()
         self.started_tokens = self.last_tokens = 0
-        self.last_loss = float("nan")
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = self.last_time = time.monotonic()
@@ -64,7 +63,7 @@ class Throughput(TrainerCallback):
             return
         now, num_tokens = time.monotonic(), state.num_input_tokens_seen
         rate = self.rate(num_tokens - self.last_tokens, now - self.last_time)
-        self.last_time, self.last_tokens, self.last_loss = now, num_tokens, logs["loss"]
+        self.last_time, self.last_tokens = now, num_tokens
         logs["tokens_per_sec_per_gpu"] = round(rate, 1)
         if self.peak_flops is not None:
             logs["mfu"] = round(rate * self.flops_per_token / self.peak_flops, 4)
@@ -79,6 +78,7 @@ class Throughput(TrainerCallback):
         """What the run came to: the tokens of all its launches, the time and rate of this one."""
         seconds = time.monotonic() - self.started
         num_tokens = state.num_input_tokens_seen
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         return {
             "steps": state.global_step,
             "tokens": num_tokens,
@@ -86,7 +86,7 @@ class Throughput(TrainerCallback):
             "tokens_per_sec_per_gpu": round(
                 self.rate(num_tokens - self.started_tokens, seconds), 1
             ),
-            "final_loss": self.last_loss,
+            "final_loss": losses[-1] if losses else None,
         }
 
 

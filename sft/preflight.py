@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data import load_data
+from data import load_datasets
 from errors import UserError, one_line_errors
 from flags import parse_args
 from model import load_config, load_tokenizer
@@ -58,13 +58,7 @@ def main() -> None:
     check_output_dir(training_args.output_dir)
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
     load_config(model_id, revision=revision)
-    load_data(
-        script_args.dataset_name,
-        load_tokenizer(model_id, revision=revision),
-        max_length=training_args.max_length,
-        config=script_args.dataset_config,
-        split=script_args.dataset_train_split,
-    )
+    load_datasets(script_args, training_args, load_tokenizer(model_id, revision=revision))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from checkpoint import (
     resume_from,
     save_artifact,
 )
-from data import load_data
+from data import load_datasets
 from errors import one_line_errors
 from flags import parse_args
 from metrics import Throughput, flops_per_token, print_summary
@@ -60,13 +60,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
     configure_wandb(training_args)
     training_args.include_num_input_tokens_seen = "all"
     tokenizer = load_tokenizer(model_id, revision=revision)
-    train_dataset = load_data(
-        script_args.dataset_name,
-        tokenizer,
-        max_length=training_args.max_length,
-        config=script_args.dataset_config,
-        split=script_args.dataset_train_split,
-    )
+    train_dataset, eval_dataset = load_datasets(script_args, training_args, tokenizer)
     checkpoint = resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
     attention = model_args.attn_implementation or choose_attention()
     model = load_model(model_id, revision=revision, attn_implementation=attention)
@@ -76,6 +70,7 @@ def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: Mo
         model=model,
         args=training_args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora_config(model, model_args),
         callbacks=[StopIfFinished()],

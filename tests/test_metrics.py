@@ -55,6 +55,7 @@ def test_throughput_is_tokens_since_the_last_log(monkeypatch: pytest.MonkeyPatch
     throughput.on_log(None, state, None, second)
     assert first["tokens_per_sec_per_gpu"] == 20.0
     assert second["tokens_per_sec_per_gpu"] == 10.0
+    state.log_history = [first, second, {"train_runtime": 1.0}]
     summary = throughput.summary(state)
     assert summary["tokens"] == 1480 and summary["final_loss"] == 1.5
     assert summary["tokens_per_sec_per_gpu"] == 12.0

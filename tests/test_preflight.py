@@ -58,6 +58,7 @@ def test_the_script_itself(tiny_model: Path, tmp_path: Path, flag: str, status: 
         (["--lora_r=8"], "--lora_r is for LoRA"),
         (["--dataset_name=no/such-dataset"], "no/such-dataset"),
         (["--dataset_name=missing.jsonl"], "does not exist"),
+        (["--eval_strategy=epoch"], "no split 'test'"),
         (["--model_name_or_path=no/such-model"], "no/such-model"),
         (["--output_dir=/proc/nowhere"], "cannot be written"),
     ],

@@ -198,6 +198,9 @@ start_daemons() {
   "${login[@]}" "$SKY_BIN/moto_server" -H 127.0.0.1 -p $S3_PORT > $M/log/moto 2>&1 &
   await 60 bash -c ": < /dev/tcp/127.0.0.1/$S3_PORT"
   await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle' ]"
+  # That the daemons listen on loopback only is read when they start. A srun that did the same would
+  # not be found by its own node: a connection to 127.0.0.2 comes from 127.0.0.1.
+  sed -i s/,NoInAddrAny// $M/{login,n1,n2}/etc/slurm/slurm.conf
 }
 
 if [[ -z ${LAB_INSIDE-} ]]; then
