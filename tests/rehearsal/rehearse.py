@@ -33,7 +33,7 @@ from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
 REPO = Path(__file__).resolve().parents[2]
 CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
 # Small enough for two CPU cores; the learning rate suits random weights.
-TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 512 --learning_rate 1e-2 --save_steps 4"
+TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 2e-2 --save_steps 4"
 NUM_PROCESSES = 2
 SHOWN = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ", "error:")
 
