@@ -86,13 +86,15 @@ class Throughput(TrainerCallback):
             "tokens_per_sec_per_gpu": round(
                 self.rate(num_tokens - self.started_tokens, seconds), 1
             ),
-            "final_loss": losses[-1] if losses else None,
+            "final_loss": round(losses[-1], 4) if losses else None,
         }
 
 
 def print_summary(summary: dict[str, Any], *, title: str) -> None:
     """Print the table a person reads at the end of a run."""
     table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in summary.items():
         table.add_row(
             name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
