@@ -69,8 +69,15 @@ def run(*command: str, status: int = 0) -> str:
     return "".join(lines)
 
 
-def launch(name: str, model: Path, *options: str, steps: int = 6, status: int = 0) -> str:
-    """`sky launch` of a task file onto the cluster of its name."""
+def launch(
+    name: str,
+    model: Path,
+    *options: str,
+    task_file: Path | None = None,
+    steps: int = 6,
+    status: int = 0,
+) -> str:
+    """`sky launch` of a task file, by default name's own, onto the cluster of that name."""
     gpus, num_nodes = SCALED_DOWN[name]
     envs = {
         "CHECKPOINT_BUCKET": BUCKET,
@@ -82,7 +89,7 @@ def launch(name: str, model: Path, *options: str, steps: int = 6, status: int = 
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    command = f"sky launch -y -c {name} {name}.yaml --infra slurm/lab".split()
+    command = f"sky launch -y -c {name} {task_file or f'{name}.yaml'} --infra slurm/lab".split()
     command += ["--gpus", gpus, "--num-nodes", str(num_nodes)]
     for env, value in envs.items():
         command += ["--env", f"{env}={value}"]
@@ -157,6 +164,20 @@ def test_preempted_run_resumes_from_the_bucket(model: Path) -> None:
     assert "final/summary.json" in stored(f"{name}-preempted/")
     assert "wandb: Tracking run" in output
     assert all(KEY not in log for log in [output, *logs])
+
+
+def test_without_a_bucket_checkpoints_stay_on_the_node(model: Path, tmp_path: Path) -> None:
+    """As the file says: an empty CHECKPOINT_BUCKET, and the three /checkpoints lines gone."""
+    name = "gpt-oss-20b-lora"
+    lines = (REPO / f"{name}.yaml").read_text().splitlines()
+    first = lines.index("  /checkpoints:")
+    task_file = tmp_path / "no-bucket.yaml"
+    task_file.write_text("\n".join(lines[:first] + lines[first + 3 :]))
+    with torn_down(name):
+        launch(name, model, "--env", "CHECKPOINT_BUCKET=", task_file=task_file)
+        assert job_status(name) == "SUCCEEDED"
+        files = run("sky", "exec", name, f"ls /checkpoints/{name}/final")
+    assert "adapter_model.safetensors" in files and "summary.json" in files
 
 
 def test_failed_training_is_a_failed_job(model: Path) -> None:
