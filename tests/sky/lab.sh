@@ -145,7 +145,7 @@ mkdir -p "$home/.local/bin" "$local"/{.sky,.cache,.config}
 ln -sfn /usr/local/bin/uv "$home/.local/bin/uv"
 ln -sfn "$local"/{.sky,.cache,.config} "$home/"
 END
-  # A VM that is terminated takes its processes and mounts along.
+  # A VM that is terminated takes its processes, mounts and disk along.
   cat > etc/slurm/epilog <<'END'
 #!/bin/bash
 name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
@@ -155,7 +155,7 @@ for process in /proc/[0-9]*; do
     kill -KILL "${process#/proc/}"
 done 2> /dev/null
 findmnt -rno TARGET -t fuse.rclone | xargs -r -n 1 umount -l
-rm -rf "/srv/local/$name"
+rm -rf --one-file-system "/srv/local/$name" /checkpoints
 END
   chmod 755 etc/slurm/prolog etc/slurm/epilog
 )
