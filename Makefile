@@ -24,7 +24,7 @@ test: .venv/train/.installed .venv/sky/.installed
 	$(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
 
 test-sky: .venv/train/.installed .venv/sky/.installed
-	tests/sky/lab.sh $(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py
+	tests/sky/lab.sh $(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
 
 sky: .venv/sky/.installed
 

@@ -186,6 +186,8 @@ GPU,MemoryGB,Manufacturer
 H100,80,NVIDIA
 H200,141,NVIDIA
 END
+  # Managed jobs are controlled by the API server itself, not from a node of their own.
+  printf 'jobs: {controller: {consolidation_mode: true}}\n' > .sky/config.yaml
 )
 
 start_daemons() {
@@ -244,6 +246,6 @@ done
 start_daemons
 status=0
 chroot $M/login env -i -C "$PWD" HOME=$LAB_HOME PATH="$SKY_BIN:$PATH" LANG=C.UTF-8 \
-  TERM="${TERM:-dumb}" SLURM_LAB=lab SKYPILOT_DISABLE_USAGE_COLLECTION=1 "${NETWORK_ENV[@]}" \
-  "$@" || status=$?
+  TERM="${TERM:-dumb}" SLURM_LAB=lab SKYPILOT_DISABLE_USAGE_COLLECTION=1 \
+  PYTHONPATH="$REPO/tests/sky/offline" "${NETWORK_ENV[@]}" "$@" || status=$?
 exit $status

@@ -78,6 +78,12 @@ def launch(
     status: int = 0,
 ) -> str:
     """`sky launch` of a task file, by default name's own, onto the cluster of that name."""
+    command = f"sky launch -y -c {name} {task_file or f'{name}.yaml'}".split()
+    return run(*command, *scaled_down(name, model, steps), *options, status=status)
+
+
+def scaled_down(name: str, model: Path, steps: int) -> list[str]:
+    """The options that make a recipe one for the lab."""
     gpus, num_nodes = SCALED_DOWN[name]
     envs = {
         "CHECKPOINT_BUCKET": BUCKET,
@@ -89,11 +95,10 @@ def launch(
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
-    command = f"sky launch -y -c {name} {task_file or f'{name}.yaml'} --infra slurm/lab".split()
-    command += ["--gpus", gpus, "--num-nodes", str(num_nodes)]
+    options = ["--infra", "slurm/lab", "--gpus", gpus, "--num-nodes", str(num_nodes)]
     for env, value in envs.items():
-        command += ["--env", f"{env}={value}"]
-    return run(*command, *options, status=status)
+        options += ["--env", f"{env}={value}"]
+    return options
 
 
 @contextmanager
