@@ -1,26 +1,104 @@
-"""Where a run stands: its newest good checkpoint, and the artifact it leaves."""
+"""Checkpoints on disk: whole ones have a manifest, written last; the newest whole one is resumed.
 
+checkpoint-40/__0_0.distcp ...     a rank's shards of weights and optimizer (torch DCP)
+checkpoint-40/.metadata            where each tensor lies in them
+checkpoint-40/rng_state_0.pth ...  a rank's random number generators
+checkpoint-40/scheduler.pt, trainer_state.json
+checkpoint-40/manifest.json        size and SHA-256 of each, step, processes, fingerprint
+"""
+
+import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator, PartialState
-from accelerate.utils import broadcast_object_list
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from errors import UserError
 
-ARTIFACT = "final"
-SUMMARY = "summary.json"
+MANIFEST = "manifest.json"
+WRITERS_RANK = re.compile(r"(?:^__|^rng_state_|_pp_rank_)(\d+)")
 
 
-def newest_checkpoint(run_dir: str | Path) -> str | None:
-    """The newest checkpoint under run_dir that can be resumed from; skips torn ones, names them."""
+def step_of(folder: Path) -> int:
+    return int(folder.name.split("-")[-1])
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Every checkpoint folder, whole or not, the newest step first (clocks are not asked)."""
     folders = Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def files_of(folder: Path, *, rank: int) -> list[Path]:
+    """The files that this rank wrote to a checkpoint; those that name no rank are the first's."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    found = [(file, WRITERS_RANK.search(file.name)) for file in files]
+    return sorted(file for file, match in found if int(match[1] if match else 0) == rank)
+
+
+def describe(folder: Path, files: list[Path]) -> dict[str, dict[str, Any]]:
+    """The manifest's entries: size in bytes and SHA-256 of each file, by its path in folder."""
+    return {
+        str(file.relative_to(folder)): {"size": file.stat().st_size, "sha256": sha256(file)}
+        for file in files
+    }
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
+    """The last file of a checkpoint. No rename: on a mounted bucket that is a copy."""
+    path = folder / MANIFEST
+    path.write_text(json.dumps(manifest | {"step": step_of(folder)}, indent=2))
+    return path
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises OSError or ValueError if there is no whole one."""
+    return json.loads((folder / MANIFEST).read_text())
+
+
+def find_problem(folder: Path) -> str | None:
+    """Why this checkpoint is not whole, or None; sizes are compared, contents are not read."""
+    try:
+        manifest = read_manifest(folder)
+    except OSError:
+        return "it has no manifest.json: its saving, or its upload, did not come to an end"
+    except ValueError:
+        return "its manifest.json is torn"
+    for name, entry in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError:
+            return f"{name} is missing"
+        if size != entry["size"]:
+            return f"{name} has {size} bytes, not {entry['size']}"
+    return None
+
+
+def find_damage(folder: Path) -> str | None:
+    """Why a file is not what was written, or None. Every process reads its share, all learn it."""
+    state = PartialState()
+    entries = sorted(read_manifest(folder)["files"].items())
+    share = entries[state.process_index :: state.num_processes]
+    damaged = [name for name, entry in share if sha256(folder / name) != entry["sha256"]]
+    everyones = gather_object(damaged)
+    return f"{everyones[0]} is not what was written (SHA-256 differs)" if everyones else None
+
+
+def newest_checkpoint(run_dir: str | Path, *, skip: set[str] | None = None) -> str | None:
+    """The newest whole checkpoint under run_dir but those in `skip`; names the torn ones."""
+    for folder in checkpoints(run_dir):
+        if str(folder) in (skip or ()):
+            continue
         problem = find_problem(folder)
         if problem is None:
             return str(folder)
@@ -28,101 +106,43 @@ def newest_checkpoint(run_dir: str | Path) -> str | None:
     return None
 
 
-def find_problem(folder: Path) -> str | None:
-    """Why this checkpoint cannot be resumed, or None; trainer_state.json is written last."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return "trainer_state.json is missing or torn"
-    if state["global_step"] != int(folder.name.split("-")[-1]):
-        return f"trainer_state.json is of step {state['global_step']}"
-    for shards in (*folder.glob("pytorch_model_fsdp_*"), *folder.glob("optimizer_*")):
-        if shards.is_dir() and not (shards / ".metadata").is_file():
-            return f"{shards.name}/.metadata is missing"
-    return None
-
-
 def resume_from(flag: str | None, run_dir: str) -> str | None:
-    """The checkpoint --resume_from_checkpoint means: `true` is the newest good one, a path itself.
+    """The checkpoint --resume_from_checkpoint means: `true` is the newest whole one, a path itself.
 
     The first process looks, so that all resume from the same one. Raises UserError if a path is
     given that cannot be resumed from.
     """
     if flag is None or flag.lower() == "false":
         return None
-    if flag.lower() == "true":
-        found = [newest_checkpoint(run_dir) if PartialState().is_main_process else None]
-        return broadcast_object_list(found)[0]
-    problem = find_problem(Path(flag))
-    if problem is not None:
-        raise UserError(f"--resume_from_checkpoint {flag}: {problem}")
-    return flag
+    if flag.lower() != "true":
+        problem = find_problem(Path(flag)) or find_damage(Path(flag))
+        if problem is not None:
+            raise UserError(f"--resume_from_checkpoint {flag}: {problem}")
+        return flag
+    state, damaged = PartialState(), set[str]()
+    while True:
+        found = newest_checkpoint(run_dir, skip=damaged) if state.is_main_process else None
+        checkpoint = broadcast_object_list([found])[0]
+        damage = find_damage(Path(checkpoint)) if checkpoint else None
+        if damage is None:
+            return checkpoint
+        state.print(f"checkpoint {checkpoint} is skipped: {damage}", flush=True)
+        damaged.add(checkpoint)
 
 
-class RunFinished(Exception):
-    """The checkpoint resumed from already holds every step of the run."""
+def prune(run_dir: str | Path, *, keep: int | None) -> None:
+    """Delete what is older than the newest `keep` whole checkpoints, and the torn ones among them.
 
-
-class StopIfFinished(TrainerCallback):
-    """Raise RunFinished where Trainer would train a step too many (seen in transformers 5.23.0)."""
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            raise RunFinished
-
-
-def save_artifact(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    artifact: Path,
-    summary: dict[str, Any],
-) -> None:
-    """Write what the next tool loads: bf16 HF weights or a PEFT adapter, and the tokenizer.
-
-    Called by every process; the first writes. summary.json comes last and says that the rest is
-    whole (no rename: on a mounted bucket that is a copy of every file).
+    The manifest goes first: a deletion that is interrupted leaves a torn checkpoint. Only for the
+    first process, and only when the newest is durable.
     """
-    state_dict = gather_trained_weights(accelerator, model)
-    if accelerator.is_main_process:
-        # Else transformers names the bf16 experts as it found them: _blocks, which nothing can
-        # load.
-        accelerator.unwrap_model(model).save_pretrained(
-            artifact, state_dict=state_dict, save_original_format=False
-        )
-        tokenizer.save_pretrained(artifact)
-        (artifact / SUMMARY).write_text(json.dumps(summary, indent=2))
-    accelerator.wait_for_everyone()
-
-
-def is_finished(artifact: Path) -> bool:
-    """Whether save_artifact came to its end there."""
-    return (artifact / SUMMARY).is_file()
-
-
-def gather_trained_weights(
-    accelerator: Accelerator, model: PreTrainedModel
-) -> dict[str, torch.Tensor]:
-    """Whole tensors on the first process's CPU: all weights in bf16, or LoRA's alone as they are.
-
-    FSDP2's shards are gathered one tensor at a time, so that no GPU holds more than one whole
-    tensor.
-    """
-    if accelerator.distributed_type == "DEEPSPEED":
-        return accelerator.get_state_dict(model)
-    unwrapped = accelerator.unwrap_model(model)
-    is_adapter = hasattr(unwrapped, "peft_config")
-    state_dict = {}
-    for name, tensor in unwrapped.state_dict().items():
-        if is_adapter and not is_trained(name):
-            continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if accelerator.is_main_process:
-            state_dict[name] = whole.cpu() if is_adapter else whole.to(torch.bfloat16).cpu()
-    return state_dict
-
-
-def is_trained(name: str) -> bool:
-    """Whether a PEFT model's state_dict entry belongs to the adapter."""
-    return "lora_" in name or "modules_to_save" in name
+    if keep is None:
+        return
+    folders = checkpoints(run_dir)
+    whole = [folder for folder in folders if find_problem(folder) is None]
+    if not whole:
+        return
+    for folder in folders:
+        if step_of(folder) < step_of(whole[0]) and folder not in whole[: max(keep, 1)]:
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)

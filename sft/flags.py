@@ -1,23 +1,41 @@
 """The command line: TRL's dataclasses, and which of their flags contradict each other."""
 
+from dataclasses import dataclass, field
+
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from errors import UserError
 
 
-def parse_args(args: list[str] | None = None) -> tuple[ScriptArguments, SFTConfig, ModelConfig]:
+@dataclass
+class RunArguments:
+    """What TRL's own flags lack."""
+
+    save_every_minutes: float = field(
+        default=5.0,
+        metadata={"help": "Save whenever this long has passed; a save must reach the bucket too."},
+    )
+    ignore_fingerprint: bool = field(
+        default=False, metadata={"help": "Resume even a checkpoint of a run defined otherwise."}
+    )
+
+
+Arguments = tuple[ScriptArguments, SFTConfig, ModelConfig, RunArguments]
+
+
+def parse_args(args: list[str] | None = None) -> Arguments:
     """Parse the flags. Raises UserError for unknown and for contradicting ones."""
     try:
-        parsed = TrlParser((ScriptArguments, SFTConfig, ModelConfig)).parse_args_and_config(args)
+        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, RunArguments))
+        script_args, training_args, model_args, run_args = parser.parse_args_and_config(args)
     except ValueError as error:
         raise UserError(f"flags: {error}") from error
-    script_args, training_args, model_args = parsed
     check_flags(script_args, training_args, model_args)
     # Published checkpoints carry 0.9, a coefficient of pre-training, and trl takes it from the
     # config unless told: the loss would be drowned. The published router is balanced already.
     if training_args.router_aux_loss_coef is None:
         training_args.router_aux_loss_coef = 0.0
-    return script_args, training_args, model_args
+    return script_args, training_args, model_args, run_args
 
 
 def check_flags(

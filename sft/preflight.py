@@ -13,17 +13,24 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import checkpoints, find_problem, read_manifest
 from data import load_datasets
 from errors import UserError, one_line_errors
+from fingerprint import check_same_run, fingerprint
 from flags import parse_args
 from model import load_config, load_tokenizer
 
 BUCKET_MOUNT = "/checkpoints"
 
 
+def num_gpus() -> int:
+    """Those of this node that the task asked for."""
+    return int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 1))
+
+
 def check_gpus() -> None:
     """Raise UserError if this node has fewer usable GPUs than ranks."""
-    wanted = int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 1))
+    wanted = num_gpus()
     use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
     if not use_cpu and torch.cuda.device_count() < wanted:
         raise UserError(
@@ -54,11 +61,22 @@ def check_output_dir(output_dir: str) -> None:
 
 def main() -> None:
     check_gpus()
-    script_args, training_args, model_args = parse_args()
+    script_args, training_args, model_args, run_args = parse_args()
     check_output_dir(training_args.output_dir)
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
     load_config(model_id, revision=revision)
-    load_datasets(script_args, training_args, load_tokenizer(model_id, revision=revision))
+    tokenizer = load_tokenizer(model_id, revision=revision)
+    train_dataset, _ = load_datasets(script_args, training_args, tokenizer)
+    if run_args.ignore_fingerprint or training_args.resume_from_checkpoint != "true":
+        return
+    num_processes = int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()
+    identity = fingerprint(
+        script_args, training_args, model_args, train_dataset, num_processes=num_processes
+    )
+    folders = checkpoints(training_args.output_dir)
+    whole = next((folder for folder in folders if find_problem(folder) is None), None)
+    if whole is not None:
+        check_same_run(str(whole), read_manifest(whole)["fingerprint"], identity)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ to set.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -16,29 +17,31 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from checkpoint import (
-    ARTIFACT,
-    RunFinished,
-    StopIfFinished,
-    is_finished,
-    resume_from,
-    save_artifact,
-)
+from artifact import ARTIFACT, is_finished, save_artifact
+from checkpoint import read_manifest, resume_from
 from data import load_datasets
 from errors import one_line_errors
-from flags import parse_args
+from fingerprint import check_same_run, fingerprint
+from flags import RunArguments, parse_args
+from launches import LaunchLog, cost, read_launches
 from metrics import Throughput, flops_per_token, print_summary
 from model import choose_attention, load_model, load_tokenizer, lora_config
+from preemption import EXIT_STATUS
 from preflight import check_gpus, check_output_dir
+from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished
+from saver import Saver
+from watchdog import Watchdog
 
 
 def configure_wandb(training_args: SFTConfig) -> None:
-    """W&B when a key is given: one run per SkyPilot task, however often that is recovered."""
+    """W&B when a key is given: a run goes on in the W&B run of its first launch."""
     training_args.report_to = ["wandb"] if os.environ.get("WANDB_API_KEY") else []
     task_id = os.environ.get("SKYPILOT_TASK_ID")
-    if task_id:
-        os.environ.setdefault("WANDB_RUN_ID", re.sub(r"[^\w-]", "-", task_id))
-        os.environ.setdefault("WANDB_NAME", f"{training_args.run_name} {task_id}")
+    run_ids = [launch["wandb_run_id"] for launch in read_launches(training_args.output_dir)]
+    run_id = next(filter(None, run_ids), re.sub(r"[^\w-]", "-", task_id) if task_id else None)
+    if run_id:
+        os.environ.setdefault("WANDB_RUN_ID", run_id)
+        os.environ.setdefault("WANDB_NAME", f"{training_args.run_name} {run_id}")
         os.environ.setdefault("WANDB_RESUME", "allow")
 
 
@@ -54,46 +57,75 @@ def keep_fp32_gradients(trainer: SFTTrainer) -> None:
         )
 
 
-def train(script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig) -> None:
+def train(
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    run_args: RunArguments,
+) -> None:
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
+    run_dir = Path(training_args.output_dir)
     set_seed(training_args.seed)
     configure_wandb(training_args)
     training_args.include_num_input_tokens_seen = "all"
     tokenizer = load_tokenizer(model_id, revision=revision)
     train_dataset, eval_dataset = load_datasets(script_args, training_args, tokenizer)
     checkpoint = resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
+    num_processes = training_args.world_size
+    identity = fingerprint(
+        script_args, training_args, model_args, train_dataset, num_processes=num_processes
+    )
+    if checkpoint and not run_args.ignore_fingerprint:
+        check_same_run(checkpoint, read_manifest(Path(checkpoint))["fingerprint"], identity)
     attention = model_args.attn_implementation or choose_attention()
     model = load_model(model_id, revision=revision, attn_implementation=attention)
 
     mean_length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
-    trainer = SFTTrainer(
+    saver = Saver(
+        run_dir,
+        every_minutes=run_args.save_every_minutes,
+        keep=training_args.save_total_limit,
+        manifest={"num_processes": num_processes, "fingerprint": identity},
+    )
+    trainer = ResumableSFTTrainer(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=lora_config(model, model_args),
-        callbacks=[StopIfFinished()],
+        callbacks=[
+            StopIfFinished(),
+            LaunchLog(run_dir, saver, wandb_run_id=os.environ.get("WANDB_RUN_ID")),
+            # Before NCCL's own timeout, which names no rank.
+            Watchdog(timeout=0.8 * training_args.ddp_timeout, is_excused=lambda: saver.is_waiting),
+        ],
+        saver=saver,
     )
     keep_fp32_gradients(trainer)
     throughput = Throughput(
         flops_per_token(model.config, context=mean_length, lora=model_args.use_peft),
-        num_processes=training_args.world_size,
+        num_processes=num_processes,
     )
     # First, so that what it adds to a log entry reaches the callbacks that print and send it.
     trainer.callback_handler.callbacks.insert(0, throughput)
 
     say = trainer.accelerator.print
-    say(f"attention: {attention}; processes: {training_args.world_size}")
+    say(f"attention: {attention}; processes: {num_processes}")
     say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume: starting fresh")
-    artifact = Path(training_args.output_dir) / ARTIFACT
+    artifact = run_dir / ARTIFACT
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
+        saver.finish()
     except RunFinished:
         if is_finished(artifact):
             say(f"this run had finished at step {trainer.state.global_step}: {artifact}")
             return
-    summary = throughput.summary(trainer.state) | {"artifact": str(artifact)}
+    if saver.preempted and trainer.state.global_step < trainer.state.max_steps:
+        say(f"preempted, and saved at step {trainer.state.global_step}: launch again to go on")
+        sys.exit(EXIT_STATUS)
+    summary = throughput.summary(trainer.state) | cost(read_launches(run_dir))
+    summary["artifact"] = str(artifact)
     save_artifact(
         trainer.accelerator, trainer.model_wrapped, tokenizer, artifact=artifact, summary=summary
     )

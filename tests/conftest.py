@@ -1,10 +1,13 @@
 """A tiny gpt-oss made on the spot, and train.py launched as the task files launch it."""
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +30,7 @@ CPU_ENVS = {
 }
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
+Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="session")
@@ -36,25 +40,59 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def launch(tiny_model: Path, tmp_path: Path) -> Launch:
-    """Run train.py under `accelerate launch` with one of sft/'s configs and two processes."""
+def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
+    """Start train.py under `accelerate launch` with one of sft/'s configs, in a session of its own.
 
-    def run(config: str, *flags: str, **envs: str) -> subprocess.CompletedProcess[str]:
+    prefix: a command that runs it. What still runs when the test ends is killed.
+    """
+    launchers = []
+
+    def run(
+        config: str, *flags: str, num_processes: int = 2, prefix: Sequence[str] = (), **envs: str
+    ) -> subprocess.Popen[str]:
         command = [
+            *prefix,
             str(Path(sys.executable).with_name("accelerate")),
             "launch",
             f"--config_file={REPO / 'sft' / config}",
             "--num_machines=1",
-            "--num_processes=2",
+            f"--num_processes={num_processes}",
             "--main_process_port=0",
             str(REPO / "sft/train.py"),
             *defaults(tiny_model, tmp_path),
         ]
-        return subprocess.run(
-            [*command, *flags], env=os.environ | CPU_ENVS | envs, capture_output=True, text=True
+        launchers.append(
+            subprocess.Popen(
+                [*command, *flags],
+                env=os.environ | CPU_ENVS | envs,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         )
+        return launchers[-1]
+
+    yield run
+    for launcher in launchers:
+        with suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def launch(start: Start) -> Launch:
+    """Run train.py under `accelerate launch` to its end."""
+
+    def run(config: str, *flags: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        return finish(start(config, *flags, **options))
 
     return run
+
+
+def finish(launcher: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a launcher's end and hold what it printed."""
+    stdout, stderr = launcher.communicate(timeout=300)
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
 
 
 def defaults(model: Path, output_dir: Path) -> list[str]:

@@ -1,44 +1,105 @@
-"""Which checkpoint a run resumes from."""
+"""Which checkpoint a run resumes from, and which are deleted."""
 
-import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from checkpoint import newest_checkpoint, resume_from
+from checkpoint import (
+    MANIFEST,
+    describe,
+    files_of,
+    find_damage,
+    find_problem,
+    newest_checkpoint,
+    prune,
+    resume_from,
+    write_manifest,
+)
 from errors import UserError
 
 
 def make_checkpoint(run_dir: Path, step: int) -> Path:
     folder = run_dir / f"checkpoint-{step}"
-    (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
-    (folder / "pytorch_model_fsdp_0/.metadata").touch()
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    folder.mkdir(parents=True)
+    for name in (".metadata", "__0_0.distcp", "__1_0.distcp", "rng_state_1.pth", "scheduler.pt"):
+        (folder / name).write_bytes(os.urandom(1000))
+    files = [*files_of(folder, rank=0), *files_of(folder, rank=1)]
+    write_manifest(folder, {"files": describe(folder, files), "fingerprint": {}})
     return folder
 
 
-def test_the_newest_by_number_not_by_name(tmp_path: Path) -> None:
-    for step in (9, 100, 20):
-        make_checkpoint(tmp_path, step)
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[500] ^= 4
+    file.write_bytes(content)
+
+
+def test_a_rank_describes_the_files_it_wrote(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 1)
+    names = [[file.name for file in files_of(folder, rank=rank)] for rank in range(2)]
+    assert names == [
+        [".metadata", "__0_0.distcp", "scheduler.pt"],
+        ["__1_0.distcp", "rng_state_1.pth"],
+    ]
+
+
+def test_the_newest_by_step_not_by_name_or_clock(tmp_path: Path) -> None:
+    for age, step in enumerate((9, 100, 20)):
+        folder = make_checkpoint(tmp_path, step)
+        for path in (*folder.iterdir(), folder):  # a clock that runs backwards
+            os.utime(path, (age * 1000, age * 1000))
     assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-100")
     assert resume_from("true", str(tmp_path)) == str(tmp_path / "checkpoint-100")
     assert resume_from(None, str(tmp_path)) is None
     assert resume_from("false", str(tmp_path)) is None
 
 
-def test_torn_checkpoints_are_skipped_and_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json"),
+        (lambda folder: os.truncate(folder / MANIFEST, 100), "its manifest.json is torn"),
+        (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
+        (lambda folder: os.truncate(folder / ".metadata", 999), ".metadata has 999 bytes"),
+        (lambda folder: flip_a_bit(folder / "__0_0.distcp"), "__0_0.distcp is not what was"),
+    ],
+    ids=["no manifest", "torn manifest", "missing", "truncated", "bit flipped"],
+)
+def test_damaged_checkpoints_are_skipped_and_named(
+    damage: Callable[[Path], None],
+    reason: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    good = make_checkpoint(tmp_path, 1)
-    (make_checkpoint(tmp_path, 2) / "pytorch_model_fsdp_0/.metadata").unlink()
-    (make_checkpoint(tmp_path, 3) / "trainer_state.json").write_text('{"global_')
-    (make_checkpoint(tmp_path, 4) / "trainer_state.json").unlink()
-    assert newest_checkpoint(tmp_path) == str(good)
-    said = capsys.readouterr().out
-    assert all(f"checkpoint-{step} is skipped" in said for step in (2, 3, 4))
+    good, bad = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    assert find_problem(bad) is None and find_damage(bad) is None
+    damage(bad)
+    assert resume_from("true", str(tmp_path)) == str(good)
+    assert f"checkpoint {bad} is skipped: {reason}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=f"--resume_from_checkpoint {bad}: {reason}"):
+        resume_from(str(bad), str(tmp_path))
 
 
 def test_nothing_to_resume(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "missing") is None
-    with pytest.raises(UserError, match=r"checkpoint-7: trainer_state\.json is missing"):
-        resume_from(str(tmp_path / "checkpoint-7"), str(tmp_path))
+
+
+def test_the_last_whole_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        make_checkpoint(tmp_path, step)
+    for step in (3, 5, 6):
+        (tmp_path / f"checkpoint-{step}/{MANIFEST}").unlink()
+    prune(tmp_path, keep=None)
+    assert len(list(tmp_path.iterdir())) == 6
+    prune(tmp_path, keep=2)
+    assert {folder.name for folder in tmp_path.iterdir()} == {
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-5",  # torn, but newer than the newest whole one: perhaps under way
+        "checkpoint-6",
+    }
+    (tmp_path / "checkpoint-4" / MANIFEST).unlink()
+    prune(tmp_path, keep=0)
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")

@@ -145,7 +145,7 @@ def run(
     """Launch and follow; kill every node as soon as a checkpoint is whole below kill_at."""
     for line, attempt in launch(script, envs, log=log):
         show(line)
-        if kill_at is not None and any(kill_at.glob("checkpoint-*/trainer_state.json")):
+        if kill_at is not None and any(kill_at.glob("checkpoint-*/manifest.json")):
             console.print("  killed, as a preempted node is")
             return attempt
     if attempt.status != 0:

@@ -15,7 +15,7 @@ import pytest
 import test_launch
 from test_launch import BUCKET, run, scaled_down, stored
 
-LAST_FILE = "trainer_state.json"  # of a checkpoint: with it the checkpoint is whole
+LAST_FILE = "manifest.json"  # of a checkpoint: with it the checkpoint is whole
 SECONDS = 600  # a recovery and the rest of the training take about 120
 
 pytestmark = test_launch.pytestmark

@@ -1,0 +1,70 @@
+"""What a finished run leaves for the next tool: bf16 weights or a PEFT adapter, a tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ARTIFACT = "final"
+SUMMARY = "summary.json"
+
+
+def save_artifact(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    artifact: Path,
+    summary: dict[str, Any],
+) -> None:
+    """Write what the next tool loads: bf16 HF weights or a PEFT adapter, and the tokenizer.
+
+    Called by every process; the first writes. summary.json comes last and says that the rest is
+    whole (no rename: on a mounted bucket that is a copy of every file).
+    """
+    state_dict = gather_trained_weights(accelerator, model)
+    if accelerator.is_main_process:
+        # Else transformers names the bf16 experts as it found them: _blocks, which nothing can
+        # load.
+        accelerator.unwrap_model(model).save_pretrained(
+            artifact, state_dict=state_dict, save_original_format=False
+        )
+        tokenizer.save_pretrained(artifact)
+        (artifact / SUMMARY).write_text(json.dumps(summary, indent=2))
+    accelerator.wait_for_everyone()
+
+
+def is_finished(artifact: Path) -> bool:
+    """Whether save_artifact came to its end there."""
+    return (artifact / SUMMARY).is_file()
+
+
+def gather_trained_weights(
+    accelerator: Accelerator, model: PreTrainedModel
+) -> dict[str, torch.Tensor]:
+    """Whole tensors on the first process's CPU: all weights in bf16, or LoRA's alone as they are.
+
+    FSDP2's shards are gathered one tensor at a time, so that no GPU holds more than one whole
+    tensor.
+    """
+    if accelerator.distributed_type == "DEEPSPEED":
+        return accelerator.get_state_dict(model)
+    unwrapped = accelerator.unwrap_model(model)
+    is_adapter = hasattr(unwrapped, "peft_config")
+    state_dict = {}
+    for name, tensor in unwrapped.state_dict().items():
+        if is_adapter and not is_trained(name):
+            continue
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if accelerator.is_main_process:
+            state_dict[name] = whole.cpu() if is_adapter else whole.to(torch.bfloat16).cpu()
+    return state_dict
+
+
+def is_trained(name: str) -> bool:
+    """Whether a PEFT model's state_dict entry belongs to the adapter."""
+    return "lora_" in name or "modules_to_save" in name

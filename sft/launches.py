@@ -1,0 +1,87 @@
+"""What interruptions cost: each launch of a run keeps a small file beside its checkpoints."""
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerState
+
+from saver import Saver
+
+FOLDER = "launches"
+
+
+def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The records of the launches so far, the oldest first; one torn by a kill is left out."""
+    records = []
+    for file in sorted((Path(run_dir) / FOLDER).glob("*.json")):
+        try:
+            records.append(json.loads(file.read_text()))
+        except ValueError:
+            continue
+    return records
+
+
+class LaunchLog(TrainerCallback):
+    """Keeps this launch's record, at most a second old; only the first process writes.
+
+    seconds: of training; updated and started: the wall clock's, to see how long nothing ran.
+    """
+
+    def __init__(self, run_dir: str | Path, saver: Saver, *, wandb_run_id: str | None) -> None:
+        self.saver = saver
+        folder = Path(run_dir) / FOLDER
+        self.file = folder / f"{len(list(folder.glob('*.json'))) + 1:04}.json"
+        self.record: dict[str, Any] = {"wandb_run_id": wandb_run_id}
+        self.started = self.written = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+        self.record |= {"from_step": state.global_step, "started": time.time()}
+        if state.is_world_process_zero and state.global_step < state.max_steps:
+            self.file.parent.mkdir(exist_ok=True)
+            self.write(state)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and time.monotonic() - self.written >= 1:
+            self.write(state)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.write(state)
+
+    def write(self, state: TrainerState) -> None:
+        self.written = time.monotonic()
+        self.record |= {
+            "step": state.global_step,
+            "seconds": round(self.written - self.started, 3),
+            "saving_seconds": round(self.saver.stall_seconds, 3),
+            "updated": time.time(),
+        }
+        with suppress(OSError):  # a bucket that is gone is reported by the next save
+            self.file.write_text(json.dumps(self.record))
+
+
+def cost(launches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all launches but the last, how often and at what price they ended before the run did.
+
+    minutes_lost: steps repeated, at the rate they had, and the time between two launches' training
+    (none where the clock says that the later one came first). saving_percent: of the time trained.
+    """
+    repeated, seconds_lost = 0, 0.0
+    for before, after in zip(launches, launches[1:], strict=False):
+        steps = max(0, before["step"] - after["from_step"])
+        trained = max(1, before["step"] - before["from_step"])
+        repeated += steps
+        seconds_lost += steps * before["seconds"] / trained
+        seconds_lost += max(0.0, after["started"] - before["updated"])
+    seconds = sum(launch["seconds"] for launch in launches)
+    saving = sum(launch["saving_seconds"] for launch in launches)
+    return {
+        "interruptions": max(0, len(launches) - 1),
+        "steps_repeated": repeated,
+        "minutes_lost": round(seconds_lost / 60, 2),
+        "saving_percent": round(100 * saving / seconds, 2) if seconds else 0.0,
+    }
