@@ -130,19 +130,17 @@ def resume_from(flag: str | None, run_dir: str) -> str | None:
         damaged.add(checkpoint)
 
 
-def prune(run_dir: str | Path, *, keep: int | None) -> None:
-    """Delete what is older than the newest `keep` whole checkpoints, and the torn ones among them.
+def prune(newest: Path, *, keep: int | None) -> None:
+    """Of the checkpoints up to `newest`, which is durable, leave the newest `keep` whole ones.
 
-    The manifest goes first: a deletion that is interrupted leaves a torn checkpoint. Only for the
-    first process, and only when the newest is durable.
+    The manifest goes first: a deletion that is interrupted leaves a torn checkpoint. Those of later
+    steps are of a launch that went further, or damaged; they do not count and are written again.
     """
     if keep is None:
         return
-    folders = checkpoints(run_dir)
+    folders = [path for path in checkpoints(newest.parent) if step_of(path) <= step_of(newest)]
     whole = [folder for folder in folders if find_problem(folder) is None]
-    if not whole:
-        return
     for folder in folders:
-        if step_of(folder) < step_of(whole[0]) and folder not in whole[: max(keep, 1)]:
+        if folder != newest and folder not in whole[: max(keep, 1)]:
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)

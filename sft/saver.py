@@ -44,7 +44,7 @@ class Saver(TrainerCallback):
         self.saving: Path | None = None  # the same on every rank, until its manifest is durable
         self.described = False
         self.pending: Future[Any] | None = None  # what this rank does for it in the background
-        self.last_saved = time.monotonic()
+        self.last_step, self.last_saved = -1, time.monotonic()
         self.file_system = run_dir.stat().st_dev
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         is_cuda = torch.cuda.is_available()
@@ -96,10 +96,12 @@ class Saver(TrainerCallback):
         """
         started = time.monotonic()
         folder = self.run_dir / f"checkpoint-{step}"
-        if folder == self.saving or find_problem(folder) is None:
+        if step == self.last_step:
             return
         self.finish()
-        self.check_mount()
+        missing = next(filter(None, self.gather(self.mount_problem())), None)
+        if missing is not None:
+            raise UserError(missing)
         if PartialState().is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # torn by a launch before this one
             folder.mkdir(parents=True)
@@ -121,7 +123,7 @@ class Saver(TrainerCallback):
             self.barrier()
         self.saving, self.described = folder, False
         self.pending = self.executor.submit(self.settle, folder, written)
-        self.last_saved = time.monotonic()
+        self.last_step, self.last_saved = step, time.monotonic()
         self.stall_seconds += self.last_saved - started
 
     def settle(self, folder: Path, written: Future[Any] | None) -> dict[str, dict[str, Any]]:
@@ -147,10 +149,12 @@ class Saver(TrainerCallback):
 
     def commit(self, folder: Path, files: dict[str, dict[str, Any]]) -> None:
         """In the background of the first rank: make the checkpoint whole, then drop older ones."""
-        self.check_mount()
+        missing = self.mount_problem()
+        if missing is not None:
+            raise UserError(missing)
         manifest = self.manifest | {"stall_seconds": round(self.stall_seconds, 3), "files": files}
         await_upload([write_manifest(folder, manifest)])
-        prune(self.run_dir, keep=self.keep)
+        prune(folder, keep=self.keep)
 
     def finish(self) -> None:
         """Bring the save under way to its end, durable, on every rank."""
@@ -161,14 +165,13 @@ class Saver(TrainerCallback):
             self.agree()
         self.is_waiting = False
 
-    def check_mount(self) -> None:
-        """Raise UserError if run_dir is no longer the file system it was: unmounted, or gone."""
+    def mount_problem(self) -> str | None:
+        """That run_dir is not in the file system it was: unmounted, or gone; or None."""
         try:
             same = self.run_dir.stat().st_dev == self.file_system
         except OSError:
             same = False
-        if not same:
-            raise UserError(f"{self.run_dir} is no longer mounted: is the bucket gone?")
+        return None if same else f"{self.run_dir} is no longer mounted: is the bucket gone?"
 
     def report_failure(self) -> None:
         """Raise UserError on every rank for the first rank's background error."""

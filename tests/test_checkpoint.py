@@ -86,20 +86,15 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "missing") is None
 
 
-def test_the_last_whole_checkpoint_is_never_deleted(tmp_path: Path) -> None:
-    for step in range(1, 7):
-        make_checkpoint(tmp_path, step)
+def test_the_newest_durable_checkpoint_is_never_deleted(tmp_path: Path) -> None:
+    folders = {step: make_checkpoint(tmp_path, step) for step in range(1, 8)}
     for step in (3, 5, 6):
-        (tmp_path / f"checkpoint-{step}/{MANIFEST}").unlink()
-    prune(tmp_path, keep=None)
-    assert len(list(tmp_path.iterdir())) == 6
-    prune(tmp_path, keep=2)
-    assert {folder.name for folder in tmp_path.iterdir()} == {
-        "checkpoint-2",
-        "checkpoint-4",
-        "checkpoint-5",  # torn, but newer than the newest whole one: perhaps under way
-        "checkpoint-6",
-    }
-    (tmp_path / "checkpoint-4" / MANIFEST).unlink()
-    prune(tmp_path, keep=0)
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+        (folders[step] / MANIFEST).unlink()
+    prune(folders[4], keep=None)
+    assert len(list(tmp_path.iterdir())) == 7
+    prune(folders[4], keep=2)  # 7 is damaged perhaps: the run has gone on from before it
+    left = {folder.name for folder in tmp_path.iterdir()}
+    assert left == {f"checkpoint-{step}" for step in (2, 4, 5, 6, 7)}
+    prune(folders[4], keep=0)
+    left = {folder.name for folder in tmp_path.iterdir()}
+    assert left == {f"checkpoint-{step}" for step in (4, 5, 6, 7)}

@@ -23,7 +23,7 @@ from conftest import Launch, Start, finish
 FULL = ("fsdp2.yaml",)
 LORA = ("ddp.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0", "--learning_rate=3e-2")
 # More than two epochs of a few conversations: a kill falls inside an epoch, between and behind.
-STEPS = 30
+STEPS = 48
 EXACT = (f"--max_steps={STEPS}", "--save_steps=1", "--gradient_accumulation_steps=2")
 ROUNDS = 10
 
@@ -84,7 +84,7 @@ def test_killed_at_random_moments_equals_never_killed(
         launcher = start(*flags, "--save_total_limit=3")
         await_event(partial(has_begun_to_save, run_dir, after=reached), launcher)
         if number:  # the first is killed as soon as its first save begins
-            time.sleep(moment.uniform(0, 0.6))
+            time.sleep(moment.uniform(0, 0.5))
         ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda rank: rank.pid)
         if number % 3 == 2:
             os.killpg(launcher.pid, signal.SIGKILL)
