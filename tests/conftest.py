@@ -1,11 +1,9 @@
 """A tiny gpt-oss made on the spot, and train.py launched as the task files launch it."""
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 # Before the hub's client is imported: tests ask nobody, and do not wait for an answer.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from rehearse import kill_node
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
 
 REPO = Path(__file__).resolve().parents[1]
@@ -75,8 +74,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
 
     yield run
     for launcher in launchers:
-        with suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
+        kill_node(launcher)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from checkpoint import find_problem, step_of
 from conftest import Launch, Start, finish
+from rehearse import kill_node
 
 FULL = ("fsdp2.yaml",)
 LORA = ("ddp.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0", "--learning_rate=3e-2")
@@ -81,13 +82,15 @@ def test_killed_at_random_moments_equals_never_killed(
     moment, output = random.Random(0), ""
     for number in range(ROUNDS):
         reached = newest_step(run_dir)
-        launcher = start(*flags, "--save_total_limit=3")
+        # A rank whose peer died may wait for it in the background; the launcher ends that.
+        launcher = start(*flags, "--save_total_limit=3", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
         await_event(partial(has_begun_to_save, run_dir, after=reached), launcher)
         if number:  # the first is killed as soon as its first save begins
             time.sleep(moment.uniform(0, 0.5))
+        assert launcher.poll() is None, finish(launcher)
         ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda rank: rank.pid)
         if number % 3 == 2:
-            os.killpg(launcher.pid, signal.SIGKILL)
+            kill_node(launcher)
         else:
             ranks[number % 3].kill()
         result = finish(launcher)
@@ -107,7 +110,7 @@ def test_killed_at_random_moments_equals_never_killed(
 def test_a_notice_saves_and_the_run_goes_on(
     launch: Launch, start: Start, few_conversations: str, tmp_path: Path
 ) -> None:
-    """SIGTERM to every process of the node, as Slurm and a machine that shuts down send it."""
+    """SIGTERM, as Slurm and a machine that shuts down send it; torch hands it on to the ranks."""
     flags = (*FULL, few_conversations, f"--max_steps={STEPS}", "--gradient_accumulation_steps=2")
     run_dir = tmp_path / "run"
     launcher = start(*flags, "--save_steps=1000")

@@ -13,7 +13,6 @@ import ast
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -124,9 +124,17 @@ def launch(script: str, envs: list[dict[str, str]], *, log: Path) -> Iterator[tu
             attempt.status = max(node.wait() for node in nodes)
         finally:
             for node in nodes:
-                with suppress(ProcessLookupError):
-                    os.killpg(node.pid, signal.SIGKILL)
+                kill_node(node)
                 node.wait()
+
+
+def kill_node(launcher: subprocess.Popen[str]) -> None:
+    """SIGKILL a launcher and the ranks, which torch starts in sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        node = psutil.Process(launcher.pid)
+        for process in (*node.children(recursive=True), node):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def show(line: str) -> None:
