@@ -120,6 +120,7 @@ GresTypes=gpu
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 KillWait=5
+CompleteWait=60 # no job where another one's epilog still cleans up
 PrologFlags=Alloc
 Prolog=/etc/slurm/prolog
 Epilog=/etc/slurm/epilog
@@ -145,17 +146,28 @@ mkdir -p "$home/.local/bin" "$local"/{.sky,.cache,.config}
 ln -sfn /usr/local/bin/uv "$home/.local/bin/uv"
 ln -sfn "$local"/{.sky,.cache,.config} "$home/"
 END
-  # A VM that is terminated takes its processes, mounts and disk along.
+  # A VM that is terminated takes its processes, mounts and disk along, and whoever is not dead yet
+  # writes on: rclone makes a cache that is gone anew. An epilog that fails takes the node out of use.
   cat > etc/slurm/epilog <<'END'
 #!/bin/bash
 name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
-for process in /proc/[0-9]*; do
-  [[ $(readlink "$process/ns/mnt") = "$(readlink /proc/self/ns/mnt)" ]] &&
-    grep -qzx "HOME=$(echo ~root)/.sky_clusters/$name" "$process/environ" &&
-    kill -KILL "${process#/proc/}"
-done 2> /dev/null
+home=~root/.sky_clusters/$name
+alive() {
+  local process
+  for process in /proc/[0-9]*; do
+    [[ $(readlink "$process/ns/mnt") = "$(readlink /proc/self/ns/mnt)" ]] &&
+      grep -qzxF "HOME=$home" "$process/environ" && echo "${process#/proc/}"
+  done 2> /dev/null
+}
+for ((i = 0; i < 100; i++)); do
+  pids=$(alive)
+  [[ $pids ]] || break
+  kill -KILL $pids 2> /dev/null
+  sleep 0.1
+done
 findmnt -rno TARGET -t fuse.rclone | xargs -r -n 1 umount -l
-rm -rf --one-file-system "/srv/local/$name" /checkpoints
+rm -rf --one-file-system "/srv/local/$name" "$home" /checkpoints
+exit 0
 END
   chmod 755 etc/slurm/prolog etc/slurm/epilog
 )
