@@ -38,7 +38,7 @@ class Saver(TrainerCallback):
         self.keep = keep
         self.manifest = manifest
         self.notice = PreemptionNotice()
-        self.preempted = False
+        self.preempted, self.noticed_at = False, 0.0
         self.stall_seconds = 0.0  # training stood still for this long
         self.is_waiting = False  # for the save before this one to end
         self.saving: Path | None = None  # the same on every rank, until its manifest is durable
@@ -80,7 +80,8 @@ class Saver(TrainerCallback):
         if self.step_group is not None:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.step_group)
         noticed, due, failed, busy = votes.bool().tolist()
-        self.preempted |= noticed
+        if noticed and not self.preempted:
+            self.preempted, self.noticed_at = True, self.notice.received_at or time.monotonic()
         if failed:
             self.report_failure()
         if self.saving is not None and not busy:

@@ -10,6 +10,7 @@ to set.
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -122,7 +123,8 @@ def train(
             say(f"this run had finished at step {trainer.state.global_step}: {artifact}")
             return
     if saver.preempted and trainer.state.global_step < trainer.state.max_steps:
-        say(f"preempted, and saved at step {trainer.state.global_step}: launch again to go on")
+        seconds = time.monotonic() - saver.noticed_at
+        say(f"preempted, and saved at step {trainer.state.global_step} within {seconds:.1f} s")
         sys.exit(EXIT_STATUS)
     summary = throughput.summary(trainer.state) | cost(read_launches(run_dir))
     summary["artifact"] = str(artifact)

