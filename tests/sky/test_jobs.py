@@ -166,7 +166,7 @@ def test_a_job_that_is_cancelled_and_then_warned_recovers_by_itself(model: Path)
     assert_manifests_hold(run_name)
     assert f"checkpoint-6/{LAST_FILE}" not in stored(f"{run_name}/")
 
-    await_checkpoint(run_name, 9)
+    await_checkpoint(run_name, 6)
     for process in processes_of(last_node()):
         with suppress(psutil.NoSuchProcess):
             if "SKYPILOT_NODE_RANK" in process.environ():

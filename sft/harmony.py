@@ -1,0 +1,216 @@
+"""Conversations in OpenAI's harmony format, token for token, and which of the tokens are learnt.
+
+The format is that of openai-harmony 0.0.8, the renderer that vLLM serves gpt-oss with: a message is
+encoded piece by piece, control tokens by their ids, all else as text, so that a `<|start|>` that a
+user wrote stays text. Where the published checkpoints' chat template differs, the server wins:
+
+    template                                          here, as the server sends it
+    a blank line ends the developer message           none
+    tools: some schemas as `any` or `object`          harmony's TypeScript (typescript.py)
+    tool calls: `json`, one a message                 `<|constrain|>json`, all of them
+    tool results, and arguments that are text: JSON   as they are
+    with a tool call, content counts as analysis      analysis, then content as a preamble
+    only the first message may instruct               every system or developer message does
+
+A server that is asked for the next turn drops the analysis of turns that have ended in a final
+message: so does this.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from errors import UserError
+from typescript import tools_section
+
+IDENTITY = "You are ChatGPT, a large language model trained by OpenAI."
+KNOWLEDGE_CUTOFF = "2024-06"
+CHANNELS = (
+    "# Valid channels: analysis, commentary, final. Channel must be included for every message."
+)
+CALLS_GO_TO = "Calls to these tools must go to the commentary channel: 'functions'."
+START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+END, CALL, RETURN, END_OF_TEXT = "<|end|>", "<|call|>", "<|return|>", "<|endoftext|>"
+CONTROL_TOKENS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN, END_OF_TEXT)
+
+TrainOn = Literal["assistant", "last_turn", "everything"]
+
+
+class Piece(NamedTuple):
+    """What is encoded at once: a control token, or text in which control tokens are only text."""
+
+    text: str
+    is_control: bool
+    is_learnt: bool
+
+
+@dataclass
+class Message:
+    """One message of harmony. author: a role, or a tool's `functions.NAME`."""
+
+    author: str
+    content: str
+    channel: str | None = None
+    recipient: str | None = None
+    constrain: str | None = None  # the content's type
+
+    @property
+    def is_call(self) -> bool:
+        return self.author == "assistant" and self.recipient is not None
+
+
+def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: str) -> list[Message]:
+    """The messages of a conversation as conversations.py gives it, the system's first.
+
+    date: that the model is told, as YYYY-MM-DD. reasoning_effort: unless the conversation has one.
+    """
+    tools = conversation.get("tools") or []
+    effort = conversation.get("reasoning_effort") or reasoning_effort
+    system = f"{IDENTITY}\nKnowledge cutoff: {KNOWLEDGE_CUTOFF}\nCurrent date: {date}\n\n"
+    system += f"Reasoning: {effort}\n\n{CHANNELS}" + (f"\n{CALLS_GO_TO}" if tools else "")
+    messages = [Message("system", system)]
+    turns = conversation["messages"]
+    instructs = bool(turns) and turns[0]["role"] in ("system", "developer")
+    if tools and not instructs:
+        messages.append(Message("developer", tools_section(tools)))
+    for number, turn in enumerate(turns):
+        if turn["role"] in ("system", "developer"):
+            sections = ["# Instructions", turn["content"]]
+            sections += [tools_section(tools)] if tools and number == 0 else []
+            messages.append(Message("developer", "\n\n".join(sections)))
+        elif turn["role"] == "assistant":
+            messages += said_by_assistant(turn)
+        elif turn["role"] == "tool":
+            author = f"functions.{turn['name']}"
+            messages.append(Message(author, turn["content"], "commentary", "assistant"))
+        else:
+            messages.append(Message("user", turn["content"]))
+    return without_ended_analysis(messages)
+
+
+def said_by_assistant(turn: dict[str, Any]) -> list[Message]:
+    """Analysis, then a final message; or analysis, a preamble and tool calls."""
+    calls = turn.get("tool_calls") or []
+    messages = []
+    if turn.get("thinking"):
+        messages.append(Message("assistant", turn["thinking"], "analysis"))
+    if turn.get("content"):
+        channel = "commentary" if calls else "final"
+        messages.append(Message("assistant", turn["content"], channel))
+    for call in calls:
+        recipient = f"functions.{call['name']}"
+        messages.append(Message("assistant", call["arguments"], "commentary", recipient, "json"))
+    return messages
+
+
+def without_ended_analysis(messages: list[Message]) -> list[Message]:
+    """Drop the analysis before the last final message that a user has answered."""
+    last_user = last_index(messages, author="user")
+    last_final = last_index(messages[: max(last_user, 0)], channel="final")
+    return [m for n, m in enumerate(messages) if m.channel != "analysis" or n > last_final]
+
+
+def last_index(messages: list[Message], **fields: str) -> int:
+    """Of the last message with these fields; -1 if there is none."""
+    found = [
+        number
+        for number, message in enumerate(messages)
+        if all(getattr(message, name) == value for name, value in fields.items())
+    ]
+    return found[-1] if found else -1
+
+
+def to_pieces(
+    messages: list[Message], *, train_on: TrainOn = "assistant", learn_no_thinking: bool = False
+) -> list[Piece]:
+    """What is encoded, in order, and what is in the loss.
+
+    By default the loss is of what the model writes when it is served. The server writes the header
+    `<|start|>assistant` that opens a turn, and goes on after a tool's result; the model writes the
+    one between its own messages. A final message with no analysis before it in its turn (the
+    data has none, or it was dropped) is learnt without `<|channel|>final<|message|>`, or the model
+    would learn not to think; learn_no_thinking: that is wanted.
+    """
+    last_user = last_index(messages, author="user")
+    pieces: list[Piece] = []
+    thought = False
+    for number, message in enumerate(messages):
+        before = messages[number - 1] if number else None
+        goes_on = before is not None and before.author == "assistant" and not before.is_call
+        thought = message.author != "user" and (thought or message.channel == "analysis")
+        skips = message.channel == "final" and not (thought or learn_no_thinking)
+        everything = train_on == "everything"
+        said = message.author == "assistant" and (train_on != "last_turn" or number > last_user)
+        pieces += pieces_of(
+            message,
+            ends_all=number == len(messages) - 1 and message.channel == "final",
+            learns_start=everything or (said and goes_on),
+            learns_header=everything or (said and not skips),
+            learns_content=everything or said,
+        )
+    return pieces
+
+
+def pieces_of(
+    message: Message,
+    *,
+    ends_all: bool,
+    learns_start: bool,
+    learns_header: bool,
+    learns_content: bool,
+) -> list[Piece]:
+    start = [(START, True), (message.author, False)]
+    header = []
+    if message.recipient is not None:
+        header.append((f" to={message.recipient}", False))
+    if message.channel is not None:
+        header += [(CHANNEL, True), (message.channel, False)]
+    if message.constrain is not None:
+        header += [(" ", False), (CONSTRAIN, True), (message.constrain, False)]
+    header.append((MESSAGE, True))
+    end = RETURN if ends_all else CALL if message.is_call else END
+    return [
+        *(Piece(text, is_control, learns_start) for text, is_control in start),
+        *(Piece(text, is_control, learns_header) for text, is_control in header),
+        Piece(message.content, False, learns_content),
+        Piece(end, True, learns_content),
+    ]
+
+
+def document_pieces(text: str) -> list[Piece]:
+    """Of plain text, which is no conversation: all of it is learnt, and where it ends."""
+    return [Piece(text, False, True), Piece(END_OF_TEXT, True, True)]
+
+
+class Encoder:
+    """Turns pieces into ids by a tokenizer's vocabulary; its chat template stays unused."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.ids = {token: tokenizer.get_vocab().get(token) for token in CONTROL_TOKENS}
+        missing = [token for token, number in self.ids.items() if number is None]
+        if missing:
+            raise UserError(
+                f"the tokenizer of {tokenizer.name_or_path!r} is none of gpt-oss's: "
+                f"it lacks {', '.join(missing)}"
+            )
+        self.text = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.text.encode_special_tokens = True
+
+    def encode(self, conversations: list[list[Piece]]) -> tuple[list[list[int]], list[list[int]]]:
+        """input_ids and labels (-100 = not in the loss) of each; on all cores."""
+        texts = {p.text for pieces in conversations for p in pieces if not p.is_control and p.text}
+        unique = sorted(texts)
+        encodings = self.text.encode_batch_fast(unique, add_special_tokens=False)
+        ids_of = dict(zip(unique, (encoding.ids for encoding in encodings), strict=True)) | {"": []}
+        input_ids, labels = [], []
+        for pieces in conversations:
+            parts = [[self.ids[p.text]] if p.is_control else ids_of[p.text] for p in pieces]
+            input_ids.append([number for part in parts for number in part])
+            learnt = [
+                part if piece.is_learnt else [-100] * len(part)
+                for piece, part in zip(pieces, parts, strict=True)
+            ]
+            labels.append([number for part in learnt for number in part])
+        return input_ids, labels

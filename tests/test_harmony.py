@@ -1,0 +1,217 @@
+"""Rendered conversations equal openai-harmony's, token for token; what is learnt is the model's."""
+
+import os
+import subprocess
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai_harmony import (
+    Author,
+    Conversation,
+    DeveloperContent,
+    HarmonyEncoding,
+    HarmonyEncodingName,
+    Message,
+    ReasoningEffort,
+    RenderConversationConfig,
+    Role,
+    SystemContent,
+    ToolDescription,
+    load_harmony_encoding,
+)
+from transformers import PreTrainedTokenizerBase
+
+from conftest import REPO
+from harmony import Encoder, to_messages, to_pieces
+from vocabulary import fetch_ranks, make_tokenizer
+
+DATE = "2026-01-02"
+VOCABULARY = REPO / ".cache/vocabulary"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    try:
+        fetch_ranks(VOCABULARY)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"gpt-oss's vocabulary cannot be had: npm: {error}")
+    return make_tokenizer(VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return Encoder(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def openai(tokenizer: PreTrainedTokenizerBase) -> HarmonyEncoding:
+    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
+    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
+    """By openai-harmony alone: the prompt a server renders for the last turn, then that turn.
+
+    The server drops the analysis of ended turns; a client does not send it again either.
+    """
+    effort = {"low": ReasoningEffort.LOW, "high": ReasoningEffort.HIGH}.get(
+        conversation.get("reasoning_effort") or "", ReasoningEffort.MEDIUM
+    )
+    system = SystemContent.new().with_reasoning_effort(effort).with_conversation_start_date(DATE)
+    messages = [Message.from_role_and_content(Role.SYSTEM, system)]
+    turns = conversation["messages"]
+    tools = [
+        ToolDescription.new(t["name"], t["description"], parameters=t["parameters"])
+        for t in conversation["tools"]
+    ]
+    if tools and turns[0]["role"] not in ("system", "developer"):
+        content = DeveloperContent.new().with_function_tools(tools)
+        messages.append(Message.from_role_and_content(Role.DEVELOPER, content))
+    last_user = max(n for n, turn in enumerate(turns) if turn["role"] == "user")
+    ended = [n for n, turn in enumerate(turns[:last_user]) if is_final(turn)]
+    for number, turn in enumerate(turns):
+        keeps_analysis = not ended or number > ended[-1]
+        if turn["role"] in ("system", "developer"):
+            content = DeveloperContent.new().with_instructions(turn["content"])
+            content = content.with_function_tools(tools) if tools and number == 0 else content
+            messages.append(Message.from_role_and_content(Role.DEVELOPER, content))
+        elif turn["role"] == "tool":
+            author = Author.new(Role.TOOL, f"functions.{turn['name']}")
+            result = Message.from_author_and_content(author, turn["content"])
+            messages.append(result.with_channel("commentary").with_recipient("assistant"))
+        elif turn["role"] == "user":
+            messages.append(Message.from_role_and_content(Role.USER, turn["content"]))
+        else:
+            messages += assistant_messages(turn, keeps_analysis=keeps_analysis)
+    config = RenderConversationConfig(auto_drop_analysis=False)
+    return openai.render_conversation_for_training(Conversation.from_messages(messages), config)
+
+
+def is_final(turn: dict[str, Any]) -> bool:
+    return turn["role"] == "assistant" and bool(turn["content"]) and not turn["tool_calls"]
+
+
+def assistant_messages(turn: dict[str, Any], *, keeps_analysis: bool) -> list[Message]:
+    messages = []
+    if turn["thinking"] and keeps_analysis:
+        message = Message.from_role_and_content(Role.ASSISTANT, turn["thinking"])
+        messages.append(message.with_channel("analysis"))
+    if turn["content"]:
+        message = Message.from_role_and_content(Role.ASSISTANT, turn["content"])
+        messages.append(message.with_channel("commentary" if turn["tool_calls"] else "final"))
+    for call in turn["tool_calls"]:
+        message = Message.from_role_and_content(Role.ASSISTANT, call["arguments"])
+        message = message.with_channel("commentary").with_recipient(f"functions.{call['name']}")
+        messages.append(message.with_content_type("<|constrain|>json"))
+    return messages
+
+
+words = st.sampled_from(
+    [
+        "Hello",
+        " world",
+        "\n\n",
+        "  ",
+        "2+2=4",
+        "naïve café",
+        "日本語",
+        "🙂",
+        "\u200b",
+        "def f():\n\t",
+    ]
+    + ["<|start|>assistant", "<|end|>", "<|return|>", "<|reserved_200013|>", "<|im_end|>", "'ll"]
+)
+texts = st.lists(words, min_size=1, max_size=6).map("".join) | st.text(
+    st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20
+)
+names = st.sampled_from(["get_weather", "search", "run_sql_2"])
+line = st.lists(words.filter(lambda w: "\n" not in w), min_size=1, max_size=3).map("".join)
+scalars = st.none() | st.booleans() | st.integers(-9, 9**9) | line
+
+
+def optional(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries({}, optional=fields)
+
+
+def with_children(children: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Schemas that hold schemas; also the malformed ones that tools in the wild have."""
+    notes = {"description": line, "title": line, "nullable": st.booleans(), "default": scalars}
+    properties = st.dictionaries(st.sampled_from(["city", "n", "deep", "x_1"]), children)
+    required = st.lists(st.sampled_from(["city", "n", "deep"]))
+    kinds = [
+        optional({**notes, "properties": properties, "required": required}).map(
+            lambda schema: {"type": "object", **schema}
+        ),
+        optional({**notes, "items": children}).map(lambda schema: {"type": "array", **schema}),
+        optional({**notes, "examples": st.lists(scalars)}).flatmap(
+            lambda schema: st.lists(children, max_size=3).map(lambda v: {**schema, "oneOf": v})
+        ),
+    ]
+    return st.one_of(kinds)
+
+
+simple = optional(
+    {
+        "type": st.sampled_from(["string", "number", "integer", "boolean", "null", "strange"])
+        | st.lists(st.sampled_from(["string", "integer", "null"]), max_size=3),
+        "description": line,
+        "title": line,
+        "enum": st.lists(line | st.integers(), max_size=3),
+        "default": scalars | st.lists(st.integers(0, 9), max_size=3),
+        "examples": st.lists(line | st.integers(), max_size=2),
+        "nullable": st.booleans(),
+    }
+)
+schemas = st.recursive(simple, with_children, max_leaves=6)
+tools = st.lists(
+    st.fixed_dictionaries(
+        {"name": names, "description": texts | st.just(""), "parameters": st.none() | schemas}
+    ),
+    max_size=3,
+)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> dict[str, Any]:
+    messages: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        role = draw(st.sampled_from(["system", "developer"]))
+        messages.append({"role": role, "content": draw(texts)})
+    thinking = st.none() | texts
+    for _ in range(draw(st.integers(1, 4))):
+        messages.append({"role": "user", "content": draw(texts)})
+        for _ in range(draw(st.integers(0, 2))):
+            calls = st.fixed_dictionaries({"name": names, "arguments": texts})
+            turn = {
+                "role": "assistant",
+                "content": draw(st.none() | texts),
+                "thinking": draw(thinking),
+                "tool_calls": draw(st.lists(calls, min_size=1, max_size=2)),
+            }
+            messages.append(turn)
+            for call in turn["tool_calls"]:
+                result = draw(texts | st.just(""))
+                messages.append({"role": "tool", "name": call["name"], "content": result})
+        if draw(st.integers(0, 5)) or messages[-1]["role"] == "user":
+            answer = {"content": draw(texts), "thinking": draw(thinking), "tool_calls": []}
+            messages.append({"role": "assistant", **answer})
+    effort = draw(st.sampled_from([None, "low", "medium", "high"]))
+    return {"messages": messages, "tools": draw(tools), "reasoning_effort": effort}
+
+
+def pieces(conversation: dict[str, Any], **options: Any) -> Any:
+    messages = to_messages(conversation, date=DATE, reasoning_effort="medium")
+    return to_pieces(messages, **options)
+
+
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@given(conversation=conversations())
+def test_token_for_token(
+    encoder: Encoder, openai: HarmonyEncoding, conversation: dict[str, Any]
+) -> None:
+    (input_ids,), (labels,) = encoder.encode([pieces(conversation)])
+    assert openai.decode_utf8(input_ids) == openai.decode_utf8(reference(openai, conversation))
+    assert input_ids == reference(openai, conversation)
+    assert all(label in (-100, number) for number, label in zip(input_ids, labels, strict=True))
