@@ -1,201 +1,236 @@
-"""Conversations in, tokens with labels out; what is wrong with a dataset is said here."""
+"""Conversations in, tokens with labels out; `make preview` shows what comes of a dataset.
+
+python sft/data.py --dataset FILE_OR_NAME --tokenizer NAME_OR_FOLDER [--json true]
+"""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate import PartialState
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
-from trl.chat_template_utils import get_training_chat_template
 
+from conversations import SHAPES, BadRow, shape_of, to_conversation
 from errors import UserError
+from flags import DataArguments
+from harmony import Encoder, document_pieces, to_messages, to_pieces
+from problems import EXAMPLE, Row
+from sources import Source, find_files, is_file, parse_sources, read_file, read_hub, without_nulls
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-EXAMPLE = (
-    '{"messages": [{"role": "user", "content": "2+2?"}, '
-    '{"role": "assistant", "thinking": "Easy.", "content": "4"}]}'
-)
+MAX_PROBLEMS = 20
 
 
 def load_datasets(
-    script_args: ScriptArguments, training_args: SFTConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[Dataset, Dataset | None]:
-    """The split to train on and, where the flags ask for evaluation, the one to evaluate on."""
-    splits = [script_args.dataset_train_split]
-    if training_args.eval_strategy != "no":
-        splits.append(script_args.dataset_test_split)
-    train_dataset, *rest = [
-        load_data(
-            script_args.dataset_name,
-            tokenizer,
-            max_length=training_args.max_length,
-            config=script_args.dataset_config,
-            split=split,
-        )
-        for split in splits
-    ]
-    return train_dataset, rest[0] if rest else None
-
-
-def load_data(
-    source: str,
+    script_args: ScriptArguments,
+    training_args: SFTConfig,
+    data_args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int,
-    config: str | None = None,
-    split: str = "train",
-) -> Dataset:
-    """Read `source` and tokenise it once per node; the other processes read the cache.
+) -> tuple[Dataset, Dataset | None]:
+    """What to train on and, where the flags ask for evaluation, what to evaluate on.
 
-    Returns a dataset with `input_ids` and `labels` (-100 = not in the loss), each at most
-    max_length long. Raises UserError for whatever a user can mend.
+    Each row has `input_ids` and `labels` (-100 = not in the loss). The node's first process reads
+    and tokenises, the others read its cache. Raises UserError for whatever a user can mend.
     """
     if not PartialState().is_local_main_process:
         disable_progress_bars()
     with PartialState().local_main_process_first():
-        conversations = load_conversations(source, config=config, split=split)
-        return tokenize(conversations, tokenizer, max_length=max_length)
+        config, split = script_args.dataset_config, script_args.dataset_train_split
+        rows = load_conversations(script_args.dataset_name, config=config, split=split)
+        held_out = None
+        if training_args.eval_strategy != "no" and data_args.test_split_size:
+            parts = rows.train_test_split(data_args.test_split_size, seed=training_args.seed)
+            rows, held_out = parts["train"], parts["test"]
+        elif training_args.eval_strategy != "no":
+            split = script_args.dataset_test_split
+            held_out = load_conversations(script_args.dataset_name, config=config, split=split)
+        max_length = training_args.max_length
+        tokens = [
+            tokenize(part, tokenizer, data_args, max_length=max_length)
+            for part in (rows, held_out)
+            if part is not None
+        ]
+    return tokens[0], tokens[1] if held_out is not None else None
 
 
-def load_conversations(source: str, *, config: str | None = None, split: str = "train") -> Dataset:
-    """Rows with a `messages` column from a hub name, a .jsonl file or a folder of them."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".json") or path.exists():
+def load_conversations(text: str, *, config: str | None = None, split: str = "train") -> Dataset:
+    """Every conversation of the sources in `text`, as JSON in the column `conversation`.
+
+    Raises UserError, naming up to 20 bad rows by file and line.
+    """
+    sources = parse_sources(text)
+    parts = [weighted(load_source(source, config, split), source.weight) for source in sources]
+    return concatenate_datasets(parts)
+
+
+def load_source(source: Source, config: str | None, split: str) -> Dataset:
+    if is_file(source.name):
         if split != "train":
             raise UserError(
-                f"{source!r} is a local dataset and has no split {split!r} to evaluate on"
+                f"{source.name!r} has no split {split!r} to evaluate on: hold a share of it out "
+                "with --test_split_size 0.02"
             )
-        files = jsonl_files(path)
-        if sum(check_jsonl(file) for file in files) == 0:
-            raise UserError(f"dataset {source!r} is empty: it needs at least one conversation")
-        dataset = read("json", data_files=[str(file) for file in files], split="train")
+        kwargs: dict[str, Any] = {"name": source.name, "files": find_files(source.name)}
     else:
-        dataset = read(source, name=config, split=split)
-    if "messages" not in dataset.column_names:
-        raise UserError(
-            f"dataset {source!r} has the columns {', '.join(dataset.column_names)}: "
-            f"it needs `messages`, like {EXAMPLE}"
-        )
-    return dataset
-
-
-def read(path: str, **kwargs: Any) -> Dataset:
-    """datasets.load_dataset, its many exceptions turned into one line."""
+        kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
+    features = Features({"conversation": Value("large_string"), "shape": Value("string")})
     try:
-        dataset = load_dataset(path, **kwargs)
-    except (OSError, ValueError, DatasetGenerationError) as error:
-        reason = next((line for line in str(error.__cause__ or error).splitlines() if line), "")
+        return Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        reason = error.__cause__ or error
         raise UserError(
-            f"dataset {kwargs.get('data_files', path)!r} cannot be read (a hub name, a .jsonl file "
-            f"or a folder of them; is the hub reachable?): {type(error).__name__}: {reason}"
+            f"dataset {source.name!r} cannot be read: {type(reason).__name__}: {reason}"
         ) from error
-    assert not isinstance(dataset, DatasetDict)
-    return dataset
 
 
-def jsonl_files(path: Path) -> list[Path]:
-    """The .jsonl files at or below path. Raises UserError if there are none."""
-    if not path.exists():
+def weighted(dataset: Dataset, weight: float) -> Dataset:
+    """Every row floor(weight) times, and a random share of them once more."""
+    whole, share = int(weight), weight - int(weight)
+    some = np.random.default_rng(0).permutation(len(dataset))[: round(share * len(dataset))]
+    parts = [dataset] * whole + ([dataset.select(np.sort(some))] if len(some) else [])
+    return concatenate_datasets(parts) if parts else dataset.select([])
+
+
+def conversations_of(
+    name: str, files: list[tuple[str, str]] | None = None, hub: Dataset | None = None
+) -> Iterator[Row]:
+    """Every row as the conversation it holds. Raises UserError with the rows that hold none."""
+    problems: list[str] = []
+    num_rows = num_problems = 0
+    for where, row in rows_of(name, files, hub):
+        num_rows += 1
+        try:
+            if isinstance(row, str):
+                raise BadRow(row)
+            yield {
+                "conversation": json.dumps(to_conversation(row), ensure_ascii=False),
+                "shape": shape_of(row),
+            }
+        except BadRow as error:
+            num_problems += len(error.args)
+            problems += [f"{where}: {problem}" for problem in error.args]
+            del problems[MAX_PROBLEMS:]
+    if num_rows == 0:
+        raise UserError(f"dataset {name!r} is empty: it needs at least one conversation")
+    if problems:
+        more = num_problems - len(problems)
         raise UserError(
-            f"dataset {str(path)!r} does not exist: set DATASET to a file, a folder or a hub name"
+            "\n".join(
+                [
+                    f"dataset {name!r} has {num_problems} problem{'s'[: num_problems > 1]}:",
+                    *problems,
+                    *([f"and {more} more"] if more else []),
+                    f"a row looks like {EXAMPLE}, or has the columns of {', '.join(SHAPES)}",
+                ]
+            )
         )
-    files = sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
-    if not files:
-        raise UserError(f"folder {str(path)!r} holds no .jsonl file")
-    return files
 
 
-def check_jsonl(file: Path) -> int:
-    """Count the conversations. Raises UserError at the first line that is none, with its number."""
-    count = 0
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            count += 1
-            problem = find_problem(line)
-            if problem is not None:
-                raise UserError(f"{file}:{number}: {problem}; a line looks like {EXAMPLE}")
-    return count
+def rows_of(
+    name: str, files: list[tuple[str, str]] | None, hub: Dataset | None
+) -> Iterator[tuple[str, Row | str]]:
+    """(file and line, row) of every row of a source, in order."""
+    for url, _ in files or []:
+        path = url.removeprefix("file://")
+        for number, row in read_file(url):
+            yield f"{path}:{number}", row
+    if hub is not None:
+        for number, row in enumerate(hub, start=1):
+            yield f"{name}, row {number}", without_nulls(row)
 
 
-def find_problem(line: bytes) -> str | None:
-    """What keeps this JSONL line from being a conversation, or None."""
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start})"
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})"
-    if not isinstance(row, dict):
-        return f"a {type(row).__name__}, not an object"
-    if "messages" not in row:
-        return f"no `messages` among the columns {', '.join(row) or '(none)'}"
-    return next(message_problems(row["messages"]), None)
+def render(
+    rows: dict[str, list[str]],
+    *,
+    encoder: Encoder,
+    data_args: DataArguments,
+    cut_at: int | None,
+) -> dict[str, list[Any]]:
+    """A batch of conversations as `input_ids` and `labels`, both cut; num_tokens: before that."""
+    pieces = []
+    for text in rows["conversation"]:
+        conversation = json.loads(text)
+        if "text" in conversation:
+            pieces.append(document_pieces(conversation["text"]))
+            continue
+        messages = to_messages(
+            conversation,
+            date=data_args.conversation_start_date,
+            reasoning_effort=data_args.reasoning_effort,
+        )
+        train_on, learn_no_thinking = data_args.train_on, data_args.learn_no_thinking
+        pieces.append(to_pieces(messages, train_on, learn_no_thinking=learn_no_thinking))
+    input_ids, labels = encoder.encode(pieces)
+    labels = [row[:cut_at] for row in labels]
+    return {
+        "input_ids": [row[:cut_at] for row in input_ids],
+        "labels": labels,
+        "num_tokens": [len(row) for row in input_ids],
+        "num_learnt": [len(row) - row.count(-100) for row in labels],
+    }
 
 
-def message_problems(messages: Any) -> Iterator[str]:
-    """What is wrong with one conversation's messages."""
-    if not isinstance(messages, list) or not messages:
-        yield "`messages` is not a list of messages"
-        return
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            yield f"{where} is a {type(message).__name__}, not an object"
-        elif message.get("role") not in ROLES:
-            yield f"{where} has the role {message.get('role')!r}, not one of {', '.join(ROLES)}"
-        elif not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            yield f"{where} has no text in `content`"
-    if not any(isinstance(m, dict) and m.get("role") == "assistant" for m in messages):
-        yield "no assistant message, so nothing to learn"
+def render_all(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    *,
+    cut_at: int | None = None,
+) -> Dataset:
+    """Every row, in order, with the columns of `render`."""
+    return rows.map(
+        render,
+        batched=True,
+        fn_kwargs={"encoder": Encoder(tokenizer), "data_args": data_args, "cut_at": cut_at},
+        remove_columns=rows.column_names,
+        desc="Tokenizing",
+    )
 
 
 def tokenize(
-    conversations: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data_args: DataArguments,
+    *,
+    max_length: int | None,
 ) -> Dataset:
-    """Render with the model's chat template; only the assistant's tokens keep a label.
+    """The rows as `input_ids` and `labels`, without those that are longer than max_length tokens
+    (with --truncate true: cut there) or have nothing to learn; what was left out is printed.
 
-    Conversations longer than max_length are cut there; those left without a label are dropped. Both
-    are counted in a printed line. Raises UserError if no label is left at all.
+    Raises UserError if nothing is left.
     """
-    template = get_training_chat_template(tokenizer) or tokenizer.chat_template
-
-    def render(row: dict[str, Any]) -> dict[str, Any]:
-        tokens = tokenizer.apply_chat_template(
-            row["messages"],
-            tools=row.get("tools"),
-            chat_template=template,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
-        ids, mask = tokens["input_ids"], tokens["assistant_masks"]
-        labels = [token if trained else -100 for token, trained in zip(ids, mask, strict=True)]
-        return {
-            "input_ids": ids[:max_length],
-            "labels": labels[:max_length],
-            "num_tokens": len(ids),
-            "num_labels": sum(label != -100 for label in labels[:max_length]),
-        }
-
-    rendered = conversations.map(
-        render, remove_columns=conversations.column_names, desc="Tokenizing"
+    tokens = render_all(
+        rows, tokenizer, data_args, cut_at=max_length if data_args.truncate else None
     )
-    lengths, num_labels = rendered["num_tokens"], rendered["num_labels"]
-    num_cut = sum(length > max_length for length in lengths)
-    num_dropped = sum(count == 0 for count in num_labels)
-    if num_dropped == len(rendered):
-        raise UserError(
-            f"every label is masked: of {len(rendered)} conversations none reaches an "
-            f"assistant token within max_length={max_length}: raise it"
-        )
+    lengths = np.asarray(tokens["num_tokens"])
+    is_long = lengths > (max_length or np.inf)
+    is_empty = np.asarray(tokens["num_learnt"]) == 0
+    is_kept = ~is_empty if data_args.truncate else ~(is_empty | is_long)
+    shapes = ", ".join(Counter(rows["shape"]))
+    median, most = np.percentile(lengths, [50, 99]).astype(int)
     PartialState().print(
-        f"data: {len(rendered)} conversations, {sum(lengths):,} tokens, longest {max(lengths)}; "
-        f"{num_cut} cut at max_length={max_length}, {num_dropped} dropped (no assistant token left)"
+        f"data: {len(rows)} conversations ({shapes}), {lengths.sum():,} tokens, half of them up to "
+        f"{median} long, 99% up to {most}, longest {lengths.max()}; {is_long.sum()} longer than "
+        f"max_length={max_length} {'cut' if data_args.truncate else 'left out'}, "
+        f"{(is_empty & ~is_long).sum()} without anything to learn left out"
     )
-    kept = rendered.filter(lambda count: count > 0, input_columns="num_labels", desc="Filtering")
+    if not is_kept.any():
+        raise UserError(
+            f"nothing is left to train on: of {len(rows)} conversations {is_long.sum()} are longer "
+            f"than max_length={max_length} (raise it, or cut them with --truncate true) and "
+            f"{is_empty.sum()} have nothing to learn"
+        )
+    kept = tokens if is_kept.all() else tokens.select(np.flatnonzero(is_kept))
     return kept.select_columns(["input_ids", "labels"])
+
+
+if __name__ == "__main__":
+    from preview import main
+
+    main()

@@ -26,7 +26,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def fail(message: str) -> None:
-    """Print `error: message` from the first process only and exit with status 1."""
+    """Print `error: message`, its further lines indented, once, and exit with status 1."""
     if PartialState().is_main_process:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+        lines = [" ".join(line.split()) for line in message.splitlines()]
+        print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)

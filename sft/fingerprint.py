@@ -11,6 +11,7 @@ from datasets import Dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig
 
 from errors import UserError
+from flags import DataArguments
 from model import load_config
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
@@ -38,8 +39,8 @@ def fingerprint(
     script_args: ScriptArguments,
     training_args: SFTConfig,
     model_args: ModelConfig,
+    data_args: DataArguments,
     dataset: Dataset,
-    *,
     num_processes: int,
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values. dataset: the tokens and labels trained on.
@@ -53,6 +54,7 @@ def fingerprint(
         "model_revision": model_revision(model_id, revision=revision),
         "dataset": script_args.dataset_name,
         "dataset_sha256": dataset_sha256(dataset),
+        **vars(data_args),
         "global_batch_size": sequences * training_args.gradient_accumulation_steps,
         **{name: plain(getattr(training_args, name)) for name in TRAINING},
         **{name: plain(getattr(model_args, name)) for name in LORA},

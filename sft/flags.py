@@ -1,10 +1,13 @@
 """The command line: TRL's dataclasses, and which of their flags contradict each other."""
 
 from dataclasses import dataclass, field
+from datetime import date
+from typing import Literal
 
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from errors import UserError
+from harmony import TrainOn
 
 
 @dataclass
@@ -20,22 +23,54 @@ class RunArguments:
     )
 
 
-Arguments = tuple[ScriptArguments, SFTConfig, ModelConfig, RunArguments]
+@dataclass
+class DataArguments:
+    """How conversations are rendered, and what of them is learnt."""
+
+    train_on: TrainOn = field(
+        default="assistant",
+        metadata={"help": "What is in the loss: the assistant's turns, its last one, everything."},
+    )
+    learn_no_thinking: bool = field(
+        default=False,
+        metadata={"help": "Learn to answer without thinking where the data has no thinking."},
+    )
+    reasoning_effort: Literal["low", "medium", "high"] = field(
+        default="medium",
+        metadata={"help": "Of conversations without a `reasoning_effort` of their own."},
+    )
+    conversation_start_date: str = field(
+        default="",
+        metadata={"help": "The date the model is told; by default that of the first launch."},
+    )
+    truncate: bool = field(
+        default=False,
+        metadata={"help": "Cut conversations at --max_length instead of leaving them out."},
+    )
+    test_split_size: float = field(
+        default=0.0,
+        metadata={"help": "The share to hold out for evaluation (with --eval_strategy)."},
+    )
+
+
+Arguments = tuple[ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments]
 
 
 def parse_args(args: list[str] | None = None) -> Arguments:
     """Parse the flags. Raises UserError for unknown and for contradicting ones."""
     try:
-        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, RunArguments))
-        script_args, training_args, model_args, run_args = parser.parse_args_and_config(args)
+        parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments))
+        arguments = parser.parse_args_and_config(args)
     except ValueError as error:
         raise UserError(f"flags: {error}") from error
+    script_args, training_args, model_args, data_args, run_args = arguments
     check_flags(script_args, training_args, model_args)
+    check_data_flags(data_args)
     # Published checkpoints carry 0.9, a coefficient of pre-training, and trl takes it from the
     # config unless told: the loss would be drowned. The published router is balanced already.
     if training_args.router_aux_loss_coef is None:
         training_args.router_aux_loss_coef = 0.0
-    return script_args, training_args, model_args, run_args
+    return script_args, training_args, model_args, data_args, run_args
 
 
 def check_flags(
@@ -63,3 +98,13 @@ def check_flags(
         raise UserError(
             "--load_in_4bit/8bit: bitsandbytes does not know gpt-oss's experts; remove it"
         )
+
+
+def check_data_flags(data_args: DataArguments) -> None:
+    """Raise UserError for values out of range."""
+    if not 0 <= data_args.test_split_size < 1:
+        raise UserError("--test_split_size is a share: at least 0, less than 1")
+    try:
+        date.fromisoformat(data_args.conversation_start_date or "2026-01-02")
+    except ValueError:
+        raise UserError("--conversation_start_date is a date like 2026-01-02") from None

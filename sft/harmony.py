@@ -55,6 +55,7 @@ class Message:
     channel: str | None = None
     recipient: str | None = None
     constrain: str | None = None  # the content's type
+    is_learnt: bool = True  # if it is the assistant's
 
     @property
     def is_call(self) -> bool:
@@ -123,7 +124,7 @@ def last_index(messages: list[Message], **fields: str) -> int:
 
 
 def to_pieces(
-    messages: list[Message], *, train_on: TrainOn = "assistant", learn_no_thinking: bool = False
+    messages: list[Message], train_on: TrainOn = "assistant", *, learn_no_thinking: bool = False
 ) -> list[Piece]:
     """What is encoded, in order, and what is in the loss.
 
@@ -142,7 +143,8 @@ def to_pieces(
         thought = message.author != "user" and (thought or message.channel == "analysis")
         skips = message.channel == "final" and not (thought or learn_no_thinking)
         everything = train_on == "everything"
-        said = message.author == "assistant" and (train_on != "last_turn" or number > last_user)
+        said = message.author == "assistant" and message.is_learnt
+        said = said and (train_on != "last_turn" or number > last_user)
         pieces += pieces_of(
             message,
             ends_all=number == len(messages) - 1 and message.channel == "final",

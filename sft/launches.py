@@ -3,6 +3,7 @@
 import json
 import time
 from contextlib import suppress
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return records
+
+
+def first_date(run_dir: str | Path) -> str:
+    """The day of the run's first launch, as YYYY-MM-DD: today's if this is the first."""
+    started = [launch["started"] for launch in read_launches(run_dir)]
+    return date.fromtimestamp(started[0] if started else time.time()).isoformat()
 
 
 class LaunchLog(TrainerCallback):

@@ -18,6 +18,7 @@ from data import load_datasets
 from errors import UserError, one_line_errors
 from fingerprint import check_same_run, fingerprint
 from flags import parse_args
+from launches import first_date
 from model import load_config, load_tokenizer
 
 BUCKET_MOUNT = "/checkpoints"
@@ -61,17 +62,19 @@ def check_output_dir(output_dir: str) -> None:
 
 def main() -> None:
     check_gpus()
-    script_args, training_args, model_args, run_args = parse_args()
+    script_args, training_args, model_args, data_args, run_args = parse_args()
     check_output_dir(training_args.output_dir)
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
     load_config(model_id, revision=revision)
     tokenizer = load_tokenizer(model_id, revision=revision)
-    train_dataset, _ = load_datasets(script_args, training_args, tokenizer)
+    date = data_args.conversation_start_date or first_date(training_args.output_dir)
+    data_args.conversation_start_date = date
+    train_dataset, _ = load_datasets(script_args, training_args, data_args, tokenizer)
     if run_args.ignore_fingerprint or training_args.resume_from_checkpoint != "true":
         return
     num_processes = int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()
     identity = fingerprint(
-        script_args, training_args, model_args, train_dataset, num_processes=num_processes
+        script_args, training_args, model_args, data_args, train_dataset, num_processes
     )
     folders = checkpoints(training_args.output_dir)
     whole = next((folder for folder in folders if find_problem(folder) is None), None)

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
@@ -23,8 +24,8 @@ from checkpoint import read_manifest, resume_from
 from data import load_datasets
 from errors import one_line_errors
 from fingerprint import check_same_run, fingerprint
-from flags import RunArguments, parse_args
-from launches import LaunchLog, cost, read_launches
+from flags import DataArguments, RunArguments, parse_args
+from launches import LaunchLog, cost, first_date, read_launches
 from metrics import Throughput, flops_per_token, print_summary
 from model import choose_attention, load_model, load_tokenizer, lora_config
 from preemption import EXIT_STATUS
@@ -62,6 +63,7 @@ def train(
     script_args: ScriptArguments,
     training_args: SFTConfig,
     model_args: ModelConfig,
+    data_args: DataArguments,
     run_args: RunArguments,
 ) -> None:
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
@@ -70,11 +72,14 @@ def train(
     configure_wandb(training_args)
     training_args.include_num_input_tokens_seen = "all"
     tokenizer = load_tokenizer(model_id, revision=revision)
-    train_dataset, eval_dataset = load_datasets(script_args, training_args, tokenizer)
+    # The same on every rank, and for every launch of this run.
+    dates = broadcast_object_list([first_date(run_dir)])
+    data_args.conversation_start_date = data_args.conversation_start_date or dates[0]
+    train_dataset, eval_dataset = load_datasets(script_args, training_args, data_args, tokenizer)
     checkpoint = resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
     num_processes = training_args.world_size
     identity = fingerprint(
-        script_args, training_args, model_args, train_dataset, num_processes=num_processes
+        script_args, training_args, model_args, data_args, train_dataset, num_processes
     )
     if checkpoint and not run_args.ignore_fingerprint:
         check_same_run(checkpoint, read_manifest(Path(checkpoint))["fingerprint"], identity)

@@ -103,6 +103,7 @@ def defaults(model: Path, output_dir: Path) -> list[str]:
         "--use_cpu=true",
         "--packing=true",
         "--max_length=256",
+        "--truncate=true",
         "--max_steps=4",
         "--save_steps=2",
         "--learning_rate=1e-2",

@@ -30,7 +30,7 @@ def test_a_change_is_named_with_both_ways_out(tiny_model: Path, tmp_path: Path) 
 
     def of(*flags: str, num_processes: int = 2) -> dict[str, object]:
         arguments = parse_args([*defaults(tiny_model, tmp_path), *flags])
-        return fingerprint(*arguments[:3], dataset, num_processes=num_processes)
+        return fingerprint(*arguments[:4], dataset, num_processes)
 
     saved = of()
     check_same_run("checkpoint-2", saved, of())
@@ -39,6 +39,8 @@ def test_a_change_is_named_with_both_ways_out(tiny_model: Path, tmp_path: Path) 
         check_same_run("checkpoint-2", saved, of("--learning_rate=0.5", "--seed=7"))
     assert "learning_rate 0.01 -> 0.5; seed 42 -> 7" in str(refused.value)
     assert "RUN_NAME" in str(refused.value) and "--ignore_fingerprint true" in str(refused.value)
+    with pytest.raises(UserError, match="train_on assistant -> everything"):
+        check_same_run("checkpoint-2", saved, of("--train_on=everything"))
     with pytest.raises(UserError, match="global_batch_size 2 -> 4"):
         check_same_run("checkpoint-2", saved, of(num_processes=4))
 

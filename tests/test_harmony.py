@@ -184,7 +184,7 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
         messages.append({"role": "user", "content": draw(texts)})
         for _ in range(draw(st.integers(0, 2))):
             calls = st.fixed_dictionaries({"name": names, "arguments": texts})
-            turn = {
+            turn: dict[str, Any] = {
                 "role": "assistant",
                 "content": draw(st.none() | texts),
                 "thinking": draw(thinking),
@@ -195,8 +195,8 @@ def conversations(draw: st.DrawFn) -> dict[str, Any]:
                 result = draw(texts | st.just(""))
                 messages.append({"role": "tool", "name": call["name"], "content": result})
         if draw(st.integers(0, 5)) or messages[-1]["role"] == "user":
-            answer = {"content": draw(texts), "thinking": draw(thinking), "tool_calls": []}
-            messages.append({"role": "assistant", **answer})
+            answer: dict[str, Any] = {"content": draw(texts), "thinking": draw(thinking)}
+            messages.append({"role": "assistant", **answer, "tool_calls": []})
     effort = draw(st.sampled_from([None, "low", "medium", "high"]))
     return {"messages": messages, "tools": draw(tools), "reasoning_effort": effort}
 
