@@ -1,9 +1,12 @@
 # make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl]   a recipe, run to the end on this machine
+# make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and what an epoch is
 # make test                                                       lint, types, all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
 # make sky                                                        SkyPilot, in .venv/sky
 # make lock                                                       pyproject.toml -> lock files
 TASK ?= gpt-oss-20b-lora.yaml
+TOKENIZER ?= openai/gpt-oss-20b
+N ?= 3
 UV := $(or $(shell command -v uv),.venv/uv/bin/uv)
 PYTHON := .venv/train/bin/python
 SKY := .venv/sky/bin
@@ -11,10 +14,13 @@ SKY := .venv/sky/bin
 export UV_FIND_LINKS ?= $(shell python3 -m pip config get global.find-links 2>/dev/null)
 export UV_PYTHON_PREFERENCE ?= system
 
-.PHONY: rehearse test test-sky sky lock clean
+.PHONY: rehearse preview test test-sky sky lock clean
 
 rehearse: .venv/train/.installed
 	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
+
+preview: .venv/train/.installed
+	$(PYTHON) sft/data.py --dataset $(DATASET) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
 
 test: .venv/train/.installed .venv/sky/.installed
 	$(PYTHON) -m ruff check .

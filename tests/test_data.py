@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, pack_dataset
 
 from conftest import CONVERSATIONS, REPO
-from data import load_conversations, load_datasets, tokenize
+from data import conversations_of, load_conversations, load_datasets, tokenize
 from errors import UserError
 from flags import DataArguments
 
@@ -189,6 +189,18 @@ def test_a_dataset_that_is_mended_is_read_again(tmp_path: Path) -> None:
 def test_empty_datasets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         load_conversations(str(write(tmp_path / "empty.jsonl")))
+
+
+def test_rows_of_a_typed_table_lose_the_nulls_of_others() -> None:
+    """As Arrow has them: every tool has the keys of all tools."""
+    parameters = [{"type": "object", "required": ["a"]}, {"type": "object", "title": "B"}]
+    tools = [{"name": "f", "parameters": schema} for schema in parameters]
+    hub = Dataset.from_list([{**ROW, "tools": [tool]} for tool in tools])
+    rows = [json.loads(row["conversation"]) for row in conversations_of("org/name", hub=hub)]
+    assert [row["tools"][0]["parameters"] for row in rows] == parameters
+    hub = Dataset.from_list([ROW, {"messages": [USER]}])
+    with pytest.raises(UserError, match="org/name, row 2: no assistant message"):
+        list(conversations_of("org/name", hub=hub))
 
 
 def test_weights_repeat_and_halve(tmp_path: Path) -> None:

@@ -6,15 +6,19 @@ import gzip
 import http.server
 import json
 import lzma
+import socket
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 import sources
+from conftest import REPO
 from errors import UserError
 from sources import Source, find_files, is_file, parse_sources, read_file
 
@@ -92,6 +96,41 @@ def test_over_https(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="does not exist"):
             find_files(url + "x")
         server.shutdown()
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A real S3 server's URL of a bucket."""
+    server = REPO / ".venv/sky/bin/moto_server"
+    if not server.exists():
+        pytest.skip("no moto_server: make sky")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    endpoint = f"http://127.0.0.1:{port}"
+    for name, value in {
+        "ENDPOINT_URL": endpoint,
+        "ACCESS_KEY_ID": "x",
+        "SECRET_ACCESS_KEY": "x",
+    }.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with subprocess.Popen([server, "-p", str(port)], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("Running on" in line for line in process.stderr)
+        fsspec.filesystem("s3").mkdir("data")
+        yield "s3://data"
+        process.kill()
+
+
+def test_from_a_bucket(s3: str, tmp_path: Path) -> None:
+    for name in ("rows.jsonl.gz", "rows.parquet"):
+        FORMATS[name](tmp_path / name)
+        fsspec.filesystem("s3").put(str(tmp_path / name), f"{s3}/folder/{name}")
+    files = find_files(f"{s3}/folder")
+    assert [url for url, _ in files] == [f"{s3}/folder/rows.jsonl.gz", f"{s3}/folder/rows.parquet"]
+    assert [row for url, _ in files for _, row in read_file(url)] == [ROW] * 4
+    with pytest.raises(UserError, match="does not exist"):
+        find_files(f"{s3}/missing.jsonl")
 
 
 def test_places_are_lines(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_notice_saves_and_the_run_goes_on(
     flags = (*FULL, few_conversations, f"--max_steps={STEPS}", "--gradient_accumulation_steps=2")
     run_dir = tmp_path / "run"
     wandb = {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    launcher = start(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="first", **wandb)
+    launcher = start(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="sky-1_first", **wandb)
     await_event(lambda: list(run_dir.glob("launches/*")), launcher)
     os.killpg(launcher.pid, signal.SIGTERM)
     result = finish(launcher)
@@ -125,9 +125,12 @@ def test_a_notice_saves_and_the_run_goes_on(
     assert find_problem(run_dir / f"checkpoint-{preempted[1]}") is None
     assert not (run_dir / "final").exists()
 
+    assert KEY not in result.stdout + result.stderr
     result = launch(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="second", **wandb)
     assert f"resuming from {run_dir}/checkpoint-{preempted[1]}" in result.stdout, result.stderr
-    assert len(list(tmp_path.glob("wandb/offline-run-*-first"))) == 2  # launches, of one run of W&B
+    assert (
+        len(list(tmp_path.glob("wandb/offline-run-*-sky-1_first"))) == 2
+    )  # launches, of one run of W&B
     unbroken = launch(*flags, "--save_steps=1000", f"--output_dir={tmp_path / 'unbroken'}")
     assert unbroken.returncode == 0, unbroken.stderr
     assert_same_run(run_dir, tmp_path / "unbroken")

@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
@@ -17,7 +16,16 @@ def losses(output: str) -> list[float]:
 
 
 def test_full_run_is_sharded_and_done_once(launch: Launch, tmp_path: Path) -> None:
-    whole = launch("fsdp2.yaml", "--output_dir", str(tmp_path / "whole"))
+    # A key brings W&B; there is none here, whatever else is set for it.
+    envs = {"WANDB_API_KEY": "", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    cache = tmp_path / "cache"
+    whole = launch(
+        "fsdp2.yaml", f"--output_dir={tmp_path / 'whole'}", HF_DATASETS_CACHE=str(cache), **envs
+    )
+    assert not list(tmp_path.glob("wandb/*"))
+    # Tokenised once: the second rank has read what the first one left.
+    assert len(list(cache.rglob("generator-train.arrow"))) == 1
+    assert len(list(cache.rglob("cache-*.arrow"))) == 2  # the other is TRL's packing
     assert whole.returncode == 0, whole.stderr
     assert len(losses(whole.stdout)) == 4
     assert "processes: 2" in whole.stdout
@@ -47,18 +55,3 @@ def test_zero3_with_offload_is_an_alternative(launch: Launch, tmp_path: Path) ->
         tmp_path / "run/final", output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
-
-
-@pytest.mark.parametrize("key", ["", "0" * 40])
-def test_wandb_only_with_a_key(launch: Launch, key: str, tmp_path: Path) -> None:
-    result = launch(
-        "ddp.yaml",
-        WANDB_API_KEY=key,
-        WANDB_MODE="offline",
-        WANDB_DIR=str(tmp_path),
-        SKYPILOT_TASK_ID="sky-2026-11-23-00-00-00-000000_cluster-1",
-    )
-    assert result.returncode == 0, result.stderr
-    runs = list(tmp_path.glob("wandb/offline-run-*sky-2026-11-23-00-00-00-000000_cluster-1"))
-    assert len(runs) == bool(key)
-    assert not key or key not in result.stdout + result.stderr

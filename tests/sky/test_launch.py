@@ -153,22 +153,22 @@ def test_recipe(name: str, model: Path) -> None:
     assert f"checkpoint-{STEPS}/manifest.json" in keys
 
 
-def test_without_a_bucket_checkpoints_stay_on_the_node(model: Path, tmp_path: Path) -> None:
-    """As the file says: an empty CHECKPOINT_BUCKET, and the three /checkpoints lines gone."""
+def test_without_a_bucket_and_without_a_model(model: Path, tmp_path: Path) -> None:
+    """As the file says: an empty CHECKPOINT_BUCKET, and the three /checkpoints lines gone.
+
+    Checkpoints stay on the node; training that fails is a job that fails.
+    """
     name = "gpt-oss-20b-lora"
     lines = (REPO / f"{name}.yaml").read_text().splitlines()
     first = lines.index("  /checkpoints:")
     task_file = tmp_path / "no-bucket.yaml"
     task_file.write_text("\n".join(lines[:first] + lines[first + 3 :]))
+    no_bucket = ["--env", "CHECKPOINT_BUCKET="]
     with torn_down(name):
-        launch(name, model, "--env", "CHECKPOINT_BUCKET=", task_file=task_file)
+        launch(name, model, *no_bucket, task_file=task_file)
         assert job_status(name) == "SUCCEEDED"
         files = run("sky", "exec", name, f"ls /checkpoints/{name}/final")
-    assert "adapter_model.safetensors" in files and "summary.json" in files
+        assert "adapter_model.safetensors" in files and "summary.json" in files
 
-
-def test_failed_training_is_a_failed_job(model: Path) -> None:
-    name = "gpt-oss-20b-lora"
-    with torn_down(name):
-        launch(name, model / "nowhere", status=100)
+        launch(name, model / "nowhere", *no_bucket, task_file=task_file, status=100)
         assert job_status(name) == "FAILED"
