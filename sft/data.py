@@ -4,7 +4,6 @@ python sft/data.py --dataset FILE_OR_NAME --tokenizer NAME_OR_FOLDER [--json tru
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -208,18 +207,21 @@ def tokenize(
     tokens = render_all(
         rows, tokenizer, data_args, cut_at=max_length if data_args.truncate else None
     )
-    lengths = np.asarray(tokens["num_tokens"])
+    lengths = tokens.data["num_tokens"].to_numpy()
     is_long = lengths > (max_length or np.inf)
-    is_empty = np.asarray(tokens["num_learnt"]) == 0
+    is_empty = tokens.data["num_learnt"].to_numpy() == 0
     is_kept = ~is_empty if data_args.truncate else ~(is_empty | is_long)
-    shapes = ", ".join(Counter(rows["shape"]))
-    median, most = np.percentile(lengths, [50, 99]).astype(int)
-    PartialState().print(
+    shapes = ", ".join(rows.unique("shape"))
+    said = [
         f"data: {len(rows)} conversations ({shapes}), {lengths.sum():,} tokens, half of them up to "
-        f"{median} long, 99% up to {most}, longest {lengths.max()}; {is_long.sum()} longer than "
-        f"max_length={max_length} {'cut' if data_args.truncate else 'left out'}, "
-        f"{(is_empty & ~is_long).sum()} without anything to learn left out"
-    )
+        f"{int(np.median(lengths))} long, longest {lengths.max()}"
+    ]
+    if is_long.any():
+        done = "cut" if data_args.truncate else "left out"
+        said.append(f"{is_long.sum()} longer than max_length={max_length} {done}")
+    if (is_empty & ~is_long).any():
+        said.append(f"{(is_empty & ~is_long).sum()} without anything to learn left out")
+    PartialState().print("; ".join(said))
     if not is_kept.any():
         raise UserError(
             f"nothing is left to train on: of {len(rows)} conversations {is_long.sum()} are longer "

@@ -82,10 +82,10 @@ def show_example(
 
 def show_summary(console: Console, rows: Dataset, tokens: Dataset, task: str | None) -> None:
     """Counts, a histogram of the lengths and, for a task, what its packing and batches make."""
-    lengths = np.asarray(tokens["num_tokens"])
-    learnt = np.asarray(tokens["num_learnt"])
+    lengths = tokens.data["num_tokens"].to_numpy()
+    learnt = tokens.data["num_learnt"].to_numpy()
     table = Table(show_header=False)
-    table.add_row("recognised as", ", ".join(sorted(set(rows["shape"]))))
+    table.add_row("recognised as", ", ".join(rows.unique("shape")))
     table.add_row("conversations", f"{len(rows):,}")
     table.add_row("tokens", f"{lengths.sum():,}")
     table.add_row("in the loss", f"{learnt.sum() / lengths.sum():.1%}")
