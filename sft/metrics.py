@@ -6,10 +6,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import register_flop_formula
 from transformers import GptOssConfig, TrainerCallback, TrainerState
 
 # Dense bf16 peak, FLOP/s, from NVIDIA's data sheets (H100 and H200 are the SXM parts).
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+
+
+@register_flop_formula(torch.ops.aten._grouped_mm)
+def grouped_mm_flops(
+    a: tuple[int, ...], b: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """What FlopCounterMode of torch 2.13 lacks: a (S, K) times b (E, K, N), or a (K, S) and b
+    (S, N) for the gradient of a stack of weights; each row meets one expert.
+    """
+    return 2 * a[0] * a[1] * b[-1]
 
 
 def flops_per_token(config: GptOssConfig, *, context: float, lora: bool) -> float:

@@ -17,6 +17,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.utils import is_flash_attn_4_available
 from trl import ModelConfig
 
+import experts
 from errors import UserError
 
 
@@ -75,6 +76,7 @@ def load_model(
             revision=revision,
             dtype=torch.bfloat16,
             attn_implementation=attn_implementation,
+            experts_implementation=experts.NAME,
             use_cache=False,
             **kwargs,
         )

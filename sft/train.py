@@ -23,6 +23,7 @@ from artifact import ARTIFACT, is_finished, save_artifact
 from checkpoint import read_manifest, resume_from
 from data import load_datasets
 from errors import one_line_errors
+from experts import keep_lora_beside_experts
 from fingerprint import check_same_run, fingerprint
 from flags import DataArguments, RunArguments, parse_args
 from launches import LaunchLog, cost, first_date, read_launches
@@ -108,6 +109,7 @@ def train(
         ],
         saver=saver,
     )
+    keep_lora_beside_experts(trainer.model)
     keep_fp32_gradients(trainer)
     throughput = Throughput(
         flops_per_token(model.config, context=mean_length, lora=model_args.use_peft),

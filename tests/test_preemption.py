@@ -4,30 +4,39 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from conftest import REPO
 from preemption import EXIT_STATUS, SAME_NOTICE_SECONDS
 
 PROGRAM = """
-import signal
+import sys
 from preemption import PreemptionNotice
 notice = PreemptionNotice()
-while True:
+for line in sys.stdin:
     print(notice.received, flush=True)
-    signal.pause()
 """
 
 
 def test_the_second_signal_ends_the_process_but_not_the_launchers_echo() -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=REPO / "sft", stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", PROGRAM],
+        cwd=REPO / "sft",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "False\n"
+
+        def has_received() -> str:
+            assert process.stdin is not None and process.stdout is not None
+            print(file=process.stdin, flush=True)
+            return process.stdout.readline()
+
+        assert has_received() == "False\n"
         for _ in ("notice", "echo"):
             process.send_signal(signal.SIGTERM)
-            assert process.stdout.readline() == "True\n"
-        try:
+            assert has_received() == "True\n"
+        with pytest.raises(subprocess.TimeoutExpired):
             process.wait(SAME_NOTICE_SECONDS + 0.1)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         assert process.wait(10) == EXIT_STATUS
