@@ -83,11 +83,26 @@ def test_lora_equals_pefts_own_path(shape: tuple[int, int]) -> None:
     assert_same(actual, expected, tolerance=1e-5)
 
 
-def test_bf16_is_as_near_to_fp32_as_eager_is() -> None:
-    x = tokens((2, 64))
-    reference = gradients(make_mlp("eager"), x)
-    eager = gradients(make_mlp("eager").bfloat16(), x.bfloat16())
-    actual = gradients(make_mlp(NAME).bfloat16(), x.bfloat16())
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ],
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
+@pytest.mark.parametrize("lora", [False, True])
+def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, lora: bool) -> None:
+    def of(implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model: torch.nn.Module = make_mlp(implementation)
+        if lora:
+            model = with_lora(make_mlp(implementation), low_rank=implementation == NAME)
+        return gradients(model.to(device, dtype), tokens((2, 64)).to(device, dtype))
+
+    reference = of("eager", torch.float32)
+    eager, actual = of("eager", torch.bfloat16), of(NAME, torch.bfloat16)
     for name, value in reference.items():
         norm = value.norm()
         error = (actual[name].float() - value).norm() / norm
