@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import ParamWrapper
-from torch.nn.functional import grouped_mm
+from torch.nn.functional import grouped_mm, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "sorted_grouped_mm"  # as experts_implementation
@@ -60,9 +60,11 @@ def grouped_linear(
     if factors is None:
         return y
     a, b, scaling = factors
-    # A grouped GEMM reads b's rows, which PEFT's layout scatters; b is small.
-    low_rank = grouped_mm(x, a, offs=offsets) * scaling
-    return y + grouped_mm(low_rank, b.contiguous(), offs=offsets)
+    # Rows of a grouped GEMM begin at multiples of 16 bytes, and PEFT's layout scatters those of b.
+    # Both are small, and zeros add nothing.
+    missing = -a.shape[-1] % 8
+    a, b = pad(a, (0, missing)), pad(b, (0, 0, 0, missing)).contiguous()
+    return y + grouped_mm(grouped_mm(x, a, offs=offsets) * scaling, b, offs=offsets)
 
 
 class LowRankParamWrapper(ParamWrapper):

@@ -14,8 +14,9 @@ from experts import NAME, LowRankParamWrapper, keep_lora_beside_experts
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 64, 96, 8, 4
 
 
-def make_mlp(implementation: str, *, seed: int = 0) -> GptOssMLP:
-    torch.manual_seed(seed)
+def make_mlp(implementation: str, *, std: float = 0.3) -> GptOssMLP:
+    """With the default `std` some gates and ups are clamped."""
+    torch.manual_seed(0)
     config = GptOssConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -25,14 +26,14 @@ def make_mlp(implementation: str, *, seed: int = 0) -> GptOssMLP:
     )
     mlp = GptOssMLP(config)
     for parameter in mlp.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # some gates and ups are clamped
+        torch.nn.init.normal_(parameter, std=std)
     return mlp
 
 
-def with_lora(mlp: GptOssMLP, *, low_rank: bool) -> torch.nn.Module:
+def with_lora(mlp: torch.nn.Module, *, low_rank: bool, r: int = 8) -> torch.nn.Module:
     torch.manual_seed(1)
     config = LoraConfig(
-        r=8, lora_alpha=16, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
+        r=r, lora_alpha=16, target_parameters=["experts.gate_up_proj", "experts.down_proj"]
     )
     model = get_peft_model(torch.nn.ModuleDict({"mlp": mlp}), config).model["mlp"]
     for name, parameter in model.named_parameters():
@@ -93,20 +94,20 @@ GPU = pytest.param(
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("lora", [False, True])
-def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, lora: bool) -> None:
+@pytest.mark.parametrize("r", [0, 3, 8], ids=["experts", "r=3", "r=8"])
+def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, r: int) -> None:
     def of(implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        model: torch.nn.Module = make_mlp(implementation)
-        if lora:
-            model = with_lora(make_mlp(implementation), low_rank=implementation == NAME)
+        # No gate is near its clamp: rounding that carries one across it would hide the rest.
+        model: torch.nn.Module = make_mlp(implementation, std=0.1)
+        if r:
+            model = with_lora(model, low_rank=implementation == NAME, r=r)
         return gradients(model.to(device, dtype), tokens((2, 64)).to(device, dtype))
 
     reference = of("eager", torch.float32)
     eager, actual = of("eager", torch.bfloat16), of(NAME, torch.bfloat16)
     for name, value in reference.items():
-        norm = value.norm()
-        error = (actual[name].float() - value).norm() / norm
-        assert error <= 1.5 * (eager[name].float() - value).norm() / norm + 4e-3, name
+        error, allowed = ((x[name].float() - value).norm() for x in (actual, eager))
+        assert error <= 1.2 * allowed, name
 
 
 @pytest.mark.parametrize("experts", [[3, 0, 5, 6], [7, 6, 5, 4]])
