@@ -7,7 +7,7 @@
 Both paths are SFTTrainer with LoRA r=8 on every linear layer and every expert (--use_peft false:
 all weights) over the same random conversations, each in a process of its own:
 
-    recipe    packed to max_length; experts.py, the attention model.py chooses, saver.py
+    recipe    packed to max_length; experts.py, the attention attention.py chooses, saver.py
     stock     TRL's defaults: padded batches, PEFT's own LoRA on experts, eager attention
 
 Widths, vocabulary and routing are gpt-oss's, with random weights. Lengths are lognormal with the
@@ -40,8 +40,9 @@ from transformers import (
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 import experts
+from attention import choose_attention, isolate_packed_sequences
 from metrics import flops_per_token, peak_flops
-from model import choose_attention, isolate_packed_sequences, lora_config
+from model import lora_config
 from resumable import ResumableSFTTrainer
 from saver import Saver
 

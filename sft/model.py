@@ -1,4 +1,4 @@
-"""gpt-oss as it is trained here: MXFP4 unpacked to bf16, experts found, packing isolated."""
+"""gpt-oss as it is trained here: MXFP4 unpacked to bf16, experts found for LoRA."""
 
 import re
 from typing import Any
@@ -13,11 +13,10 @@ from transformers import (
     Mxfp4Config,
     PreTrainedTokenizerBase,
 )
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.utils import is_flash_attn_4_available
 from trl import ModelConfig
 
 import experts
+from attention import isolate_packed_sequences
 from errors import UserError
 
 
@@ -48,19 +47,6 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
         ) from error
 
 
-def choose_attention() -> str:
-    """The fastest attention this machine has that keeps gpt-oss's sinks and their gradients.
-
-    flash-attn-4 needs Hopper or Blackwell; flex_attention any CUDA GPU; eager, O(n^2) in memory,
-    the rest.
-    """
-    if not torch.cuda.is_available():
-        return "eager"
-    if is_flash_attn_4_available() and torch.cuda.get_device_capability()[0] in (9, 10):
-        return "flash_attention_4"
-    return "flex_attention"
-
-
 def load_model(
     model_id: str, *, revision: str = "main", attn_implementation: str
 ) -> GptOssForCausalLM:
@@ -86,39 +72,6 @@ def load_model(
         ) from error
     isolate_packed_sequences(model)
     return model
-
-
-def isolate_packed_sequences(model: GptOssForCausalLM) -> None:
-    """Keep the conversations of a packed row from attending to each other.
-
-    GptOssModel.forward builds its masks without position_ids, so eager and flex_attention see one
-    long sequence (huggingface/transformers#39997, still so in 5.23.0; delete this when it passes
-    them on). Flash attention reads the boundaries from position_ids itself.
-    """
-    if "flash" in model.config._attn_implementation:
-        return
-
-    def build_masks(
-        module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        position_ids = kwargs.get("position_ids")
-        if position_ids is None or kwargs.get("attention_mask") is not None:
-            return args, kwargs
-        mask_kwargs = {
-            "config": module.config,
-            # Only its shape, dtype and device are read.
-            "inputs_embeds": position_ids.new_empty((*position_ids.shape, 0), dtype=torch.bfloat16),
-            "attention_mask": None,
-            "past_key_values": kwargs.get("past_key_values"),
-            "position_ids": position_ids,
-        }
-        kwargs["attention_mask"] = {
-            "full_attention": create_causal_mask(**mask_kwargs),
-            "sliding_attention": create_sliding_window_causal_mask(**mask_kwargs),
-        }
-        return args, kwargs
-
-    model.model.register_forward_pre_hook(build_masks, with_kwargs=True)
 
 
 def expert_parameters(model: torch.nn.Module) -> list[str]:

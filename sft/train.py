@@ -20,6 +20,7 @@ from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
 from artifact import ARTIFACT, is_finished, save_artifact
+from attention import choose_attention
 from checkpoint import read_manifest, resume_from
 from data import load_datasets
 from errors import one_line_errors
@@ -28,7 +29,7 @@ from fingerprint import check_same_run, fingerprint
 from flags import DataArguments, RunArguments, parse_args
 from launches import LaunchLog, cost, first_date, read_launches
 from metrics import Throughput, flops_per_token, print_summary
-from model import choose_attention, load_model, load_tokenizer, lora_config
+from model import load_model, load_tokenizer, lora_config
 from preemption import EXIT_STATUS
 from preflight import check_gpus, check_output_dir
 from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished
