@@ -49,12 +49,12 @@ sky: .venv/sky/.installed
 	.venv/uv/bin/pip install -q uv==0.13.9
 
 # A wheel of torch without CUDA does not ask for the CUDA packages: they are constraints, not requirements.
-CUDA := ^(cuda|triton|nvidia-[^m])
+CUDA := ^(cuda|triton|nvidia-(?!ml|cutlass))
 COMPILE := env -u UV_FIND_LINKS $(UV) pip compile -q --universal --python-version 3.11 --no-annotate pyproject.toml
 lock: | $(UV)
 	$(COMPILE) --no-header --group training -o .venv/full.lock
-	grep -vE '$(CUDA)' .venv/full.lock > sft/requirements.lock
-	grep -E '$(CUDA)' .venv/full.lock > sft/cuda.lock
+	grep -vP '$(CUDA)' .venv/full.lock > sft/requirements.lock
+	grep -P '$(CUDA)' .venv/full.lock > sft/cuda.lock
 	$(COMPILE) --no-header --group training --group dev -c .venv/full.lock -o .venv/dev.lock
 	grep -vxFf .venv/full.lock .venv/dev.lock > tests/requirements.lock
 	$(COMPILE) --no-header --group sky -o tests/sky/requirements.lock
