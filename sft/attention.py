@@ -41,9 +41,9 @@ def probe(implementation: str, *, device: str) -> str | None:
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
     expected = outputs_and_gradients("eager", device=device, dtype=torch.float32)
     for name, value in expected.items():
-        error = float((actual[name].float() - value).norm() / value.norm())
-        if not error <= TOLERANCE:  # nan is no less wrong
-            return f"{name} differs from eager's by {error:.1%}"
+        difference = float((actual[name].float() - value).norm() / value.norm())
+        if not difference <= TOLERANCE:  # nan is no less wrong
+            return f"{name} differs from eager's by {difference:.1%}"
     return None
 
 
@@ -72,7 +72,7 @@ def outputs_and_gradients(
     rotary = GptOssRotaryEmbedding(config).to(device)(x, position_ids)
     masks = {} if "flash" in implementation else packed_masks(config, position_ids, dtype=dtype)
 
-    named: dict[str, torch.Tensor] = {}
+    named: dict[str, Any] = {}
     for kind, layer in zip(config.layer_types, layers, strict=True):
         y, _ = layer(x, rotary, masks.get(kind), position_ids=position_ids)
         weights = torch.randn(y.shape, generator=generator).to(device, dtype)

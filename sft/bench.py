@@ -2,18 +2,19 @@
 
     python sft/bench.py                                   gpt-oss-20b, LoRA, one GPU
     python sft/bench.py --model 120b --num_layers 8       as many layers as fit
+    python sft/bench.py --paths recipe no_packing compiled      what one lever is worth; see PATHS
     python sft/bench.py --tiny                            small shapes, on CPU too
 
-Both paths are SFTTrainer with LoRA r=8 on every linear layer and every expert (--use_peft false:
-all weights) over the same random conversations, each in a process of its own:
+A path is a SFTTrainer with LoRA r=8 on every linear layer and every expert (--use_peft false: all
+weights) over the same random conversations, in a process of its own:
 
     recipe    packed to max_length; experts.py, the attention attention.py chooses, saver.py
     stock     TRL's defaults: padded batches, PEFT's own LoRA on experts, eager attention
 
-Widths, vocabulary and routing are gpt-oss's, with random weights. Lengths are lognormal with the
-mean of the default dataset (1.5 million tokens in 1,000 conversations). tokens/s counts no padding.
-MFU is metrics.flops_per_token over the GPU's dense bf16 peak. Windows of some steps are timed after
-a warm-up; the table has their median.
+Widths, vocabulary and routing are gpt-oss's, with random weights; lengths are those of the default
+dataset (synthetic.py). tokens/s counts no padding. MFU is metrics.flops_per_token, of which the
+docstring gives the formula, over the GPU's dense bf16 peak. Windows of some steps are timed after a
+warm-up; the table has their median.
 """
 
 import json
@@ -26,17 +27,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from datasets import Dataset
-from tokenizers import Tokenizer, models
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    HfArgumentParser,
-    PreTrainedTokenizerFast,
-    TrainerCallback,
-)
+from transformers import GptOssForCausalLM, HfArgumentParser, TrainerCallback
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 import experts
@@ -45,18 +37,38 @@ from metrics import flops_per_token, peak_flops
 from model import lora_config
 from resumable import ResumableSFTTrainer
 from saver import Saver
+from synthetic import MEAN_LENGTH, conversations, make_config, make_model, make_tokenizer
 
-MEAN_LENGTH, SIGMA = 1500, 0.6
-SIZES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}}
-TINY = {
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_local_experts": 8,
-    "vocab_size": 1024,
-    "num_hidden_layers": 2,
+
+@dataclass(frozen=True)
+class Setup:
+    """What a path trains with; the defaults are the recipe's."""
+
+    packing: bool = True
+    attn_implementation: str | None = None  # None: what attention.py chooses
+    experts_implementation: str = experts.NAME
+    lora_beside_experts: bool = True
+    saves_in_background: bool = True
+    flags: dict[str, Any] = field(default_factory=dict)  # of SFTConfig
+
+
+PATHS = {
+    "recipe": Setup(),
+    "stock": Setup(
+        packing=False,
+        attn_implementation="eager",
+        experts_implementation="grouped_mm",
+        lora_beside_experts=False,
+        saves_in_background=False,
+    ),
+    # The recipe but for one lever.
+    "no_packing": Setup(packing=False),
+    "eager_attention": Setup(attn_implementation="eager"),
+    "flex_attention": Setup(attn_implementation="flex_attention"),
+    "stock_experts": Setup(experts_implementation="grouped_mm", lora_beside_experts=False),
+    "stock_expert_lora": Setup(lora_beside_experts=False),
+    "no_checkpointing": Setup(flags={"activation_checkpointing": False}),
+    "compiled": Setup(flags={"torch_compile": True}),
 }
 
 
@@ -116,82 +128,62 @@ class Windows(TrainerCallback):
         self.optimizer.append(self.now() - self.optimizer_started)
 
 
-def make_model(args: BenchArguments, path: str) -> GptOssForCausalLM:
-    """True widths and random weights, in bf16 where they are used."""
-    sizes = SIZES[args.model] | (TINY if args.tiny else {})
-    if args.num_layers is not None:
-        sizes |= {"num_hidden_layers": args.num_layers}
-    stock = path == "stock"
-    config = GptOssConfig(**sizes, use_cache=False, dtype=torch.bfloat16)
-    config._attn_implementation = "eager" if stock else choose_attention()
-    config._experts_implementation = "grouped_mm" if stock else experts.NAME
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
-    if not stock:
+def make_trainer(args: BenchArguments, setup: Setup, folder: Path) -> SFTTrainer:
+    config = make_config(args.model, num_layers=args.num_layers, tiny=args.tiny)
+    config._attn_implementation = setup.attn_implementation or choose_attention()
+    config._experts_implementation = setup.experts_implementation
+    model = make_model(config)
+    if setup.packing:
         isolate_packed_sequences(model)
-    return model
-
-
-def conversations(args: BenchArguments, vocab_size: int) -> Dataset:
-    """Random tokens in enough conversations of random lengths for every step of both paths."""
-    generator = np.random.default_rng(0)
-    scale = args.max_length / 4096
-    num_steps = args.warmup_steps + args.num_windows * args.steps_per_window + 1
-    count = int(num_steps * args.per_device_train_batch_size * 4096 / MEAN_LENGTH * 1.5)
-    mu = np.log(MEAN_LENGTH * scale) - SIGMA**2 / 2
-    lengths = generator.lognormal(mu, SIGMA, count).astype(int).clip(8, args.max_length)
-    rows = [generator.integers(0, vocab_size, length).tolist() for length in lengths]
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
-
-
-def make_trainer(args: BenchArguments, path: str, folder: Path) -> SFTTrainer:
-    model = make_model(args, path)
-    pad = {"<|endoftext|>": 0}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(pad, unk_token="<|endoftext|>")),
-        pad_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-    )
+    max_steps = args.warmup_steps + args.num_windows * args.steps_per_window
     training_args = SFTConfig(
-        output_dir=str(folder),
-        max_steps=args.warmup_steps + args.num_windows * args.steps_per_window,
-        per_device_train_batch_size=args.per_device_train_batch_size,
-        packing=path == "recipe",
-        max_length=args.max_length,
-        learning_rate=1e-6,
-        router_aux_loss_coef=0.0,
-        activation_checkpointing=True,
-        include_num_input_tokens_seen="non_padding",
-        use_cpu=not torch.cuda.is_available(),
-        logging_steps=1000,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        bf16=True,
-    )
-    peft_config = lora_config(
-        model, ModelConfig(use_peft=args.use_peft, lora_r=8, lora_alpha=16, lora_dropout=0.0)
+        **{
+            "output_dir": str(folder),
+            "max_steps": max_steps,
+            "per_device_train_batch_size": args.per_device_train_batch_size,
+            "packing": setup.packing,
+            "max_length": args.max_length,
+            "learning_rate": 1e-6,
+            "router_aux_loss_coef": 0.0,
+            "activation_checkpointing": True,
+            "include_num_input_tokens_seen": "non_padding",
+            "use_cpu": not torch.cuda.is_available(),
+            "logging_steps": 1000,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "bf16": True,
+            **setup.flags,
+        }
     )
     kwargs: dict[str, Any] = {
         "model": model,
         "args": training_args,
-        "train_dataset": conversations(args, model.config.vocab_size),
-        "processing_class": tokenizer,
-        "peft_config": peft_config,
+        # Without packing a row is a conversation, and some are left.
+        "train_dataset": conversations(
+            (max_steps + 1) * args.per_device_train_batch_size * args.max_length,
+            max_length=args.max_length,
+            vocab_size=config.vocab_size,
+        ),
+        "processing_class": make_tokenizer(),
+        "peft_config": lora_config(
+            model, ModelConfig(use_peft=args.use_peft, lora_r=8, lora_alpha=16, lora_dropout=0.0)
+        ),
     }
-    if path == "stock":
-        return SFTTrainer(**kwargs)
-    saver = Saver(folder, every_minutes=1e6, keep=None, manifest={})
-    trainer = ResumableSFTTrainer(**kwargs, saver=saver)
-    experts.keep_lora_beside_experts(trainer.model)
+    if setup.saves_in_background:
+        saver = Saver(folder, every_minutes=1e6, keep=None, manifest={})
+        trainer = ResumableSFTTrainer(**kwargs, saver=saver)
+    else:
+        trainer = SFTTrainer(**kwargs)
+    if setup.lora_beside_experts:
+        experts.keep_lora_beside_experts(trainer.model)
     return trainer
 
 
 def measure(args: BenchArguments, path: str) -> dict[str, Any]:
     """One path's figures; times are a step's, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(args, path, Path(folder))
+        trainer = make_trainer(args, PATHS[path], Path(folder))
         config, windows = trainer.model.config, Windows(args)
         trainer.add_callback(windows)
         trainer.train()
@@ -258,15 +250,16 @@ def trace(trainer: SFTTrainer, file: Path) -> None:
 
 def show(results: list[dict[str, Any]]) -> None:
     """The table, as Markdown: what the README holds is pasted from here."""
-    names = [name for name in results[0] if name != "path"]
-    lines = ["| | " + " | ".join(r["path"] for r in results) + " | ratio |"]
-    lines.append("|---" * (len(results) + 2) + "|")
-    for name in names:
-        values = [result[name] for result in results]
-        numeric = len(values) == 2 and all(isinstance(value, float) and value for value in values)
-        ratio = f"{values[0] / values[1]:.2f}" if numeric else ""
-        shown = ["-" if value is None else str(value) for value in values]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(shown)} | {ratio} |")
+    lines = ["| | " + " | ".join(result["path"] for result in results) + " |"]
+    lines.append("|---" * (len(results) + 1) + "|")
+    for name in [name for name in results[0] if name != "path"]:
+        values = ["-" if result[name] is None else str(result[name]) for result in results]
+        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(values)} |")
+    first = results[0]
+    for name in ("tokens_per_sec", "peak_memory_gib"):
+        ratios = [f"{first[name] / r[name]:.2f}" if r[name] else "-" for r in results]
+        shown = f"{first['path']}'s {name.replace('_', ' ')} : its own"
+        lines.append(f"| {shown} | {' | '.join(ratios)} |")
     print("\n".join(lines))
 
 

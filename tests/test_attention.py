@@ -17,7 +17,7 @@ LENGTHS = [50, 1, 90, 40]  # below and above the tiny model's window of 32, and 
 
 
 def by_definition(
-    module: torch.nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -24,7 +24,7 @@ def test_task_file_runs_to_its_end(task_file: Path) -> None:
     assert "resuming from" in result.stdout
 
 
-def test_bad_data_is_one_line(tmp_path: Path) -> None:
+def test_bad_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text("{broken\n")
     result = subprocess.run(
         [

@@ -35,7 +35,7 @@ CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
 # Small enough for two CPU cores; the learning rate suits random weights.
 TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4"
 NUM_PROCESSES = 2
-SHOWN = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ", "error:")
+SHOWN = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -144,7 +144,7 @@ def show(line: str) -> None:
         rate = entry["tokens_per_sec_per_gpu"]
         console.print(f"  loss {float(entry['loss']):.3f}  {float(rate):,.0f} tokens/s/process")
     elif line.startswith(SHOWN):
-        console.print(f"  {line}")
+        console.print(f"  {line}", markup=False)
 
 
 def run(
@@ -157,8 +157,9 @@ def run(
             console.print("  killed, as a preempted node is")
             return attempt
     if attempt.status != 0:
-        if not any(line.startswith("error:") for line in attempt.lines):
-            console.print("\n".join(attempt.lines[-40:]), markup=False)
+        errors = [n for n, line in enumerate(attempt.lines) if line.startswith("error:")]
+        shown = attempt.lines[errors[0] :] if errors else attempt.lines[-40:]
+        console.print("\n".join(shown), markup=False)
         console.print(f"[red]the rehearsal failed[/red]; its whole output: {log}")
         sys.exit(1)
     return attempt

@@ -1,0 +1,59 @@
+"""gpt-oss in true width with random weights, and random conversations: what bench.py trains."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
+
+# The default dataset's: 1.5 million tokens in 1,000 conversations.
+MEAN_LENGTH, SIGMA = 1500, 0.6
+SIZES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}}
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_local_experts": 8,
+    "vocab_size": 1024,
+    "num_hidden_layers": 2,
+}
+
+
+def make_config(size: str, *, num_layers: int | None, tiny: bool) -> GptOssConfig:
+    """size: "20b" or "120b"; num_layers: fewer than it has; tiny: neither's widths."""
+    sizes: dict[str, Any] = SIZES[size] | (TINY if tiny else {})
+    if num_layers is not None:
+        sizes |= {"num_hidden_layers": num_layers}
+    return GptOssConfig(**sizes, use_cache=False, dtype=torch.bfloat16)
+
+
+def make_model(config: GptOssConfig) -> GptOssForCausalLM:
+    """bf16 weights, made where they are used."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        return GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One that only pads."""
+    pad = "<|endoftext|>"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({pad: 0}, unk_token=pad)),
+        pad_token=pad,
+        eos_token=pad,
+    )
+
+
+def conversations(num_tokens: int, *, max_length: int, vocab_size: int) -> Dataset:
+    """Random tokens, at least num_tokens; lengths are lognormal, in proportion to max_length."""
+    generator = np.random.default_rng(0)
+    mean = MEAN_LENGTH * max_length / 4096
+    mu = np.log(mean) - SIGMA**2 / 2
+    lengths = generator.lognormal(mu, SIGMA, int(num_tokens / mean * 1.5) + 1)
+    lengths = lengths.astype(int).clip(8, max_length)
+    rows = [generator.integers(0, vocab_size, length).tolist() for length in lengths]
+    return Dataset.from_dict({"input_ids": rows, "labels": rows})

@@ -1,0 +1,72 @@
+"""One step of a tiny gpt-oss under `accelerate launch`; its gradients, gathered, go into a file.
+
+accelerate launch --config_file sft/fsdp2.yaml tests/sharded_step.py MODEL all|lora FILE
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import get_peft_model
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
+from trl import ModelConfig
+
+from experts import NAME, keep_lora_beside_experts
+from model import load_model, lora_config
+
+
+def make_model(model_id: str, implementation: str, *, use_peft: bool) -> Any:
+    """In fp32, and with adapters that already do something."""
+    model: Any = load_model(model_id, attn_implementation="eager").float()
+    model.set_experts_implementation(implementation)
+    if not use_peft:
+        return model
+    args = ModelConfig(use_peft=True, lora_r=4, lora_alpha=16, lora_dropout=0.0)
+    model = get_peft_model(model, lora_config(model, args))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def batch(rank: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(rank))
+    return {"input_ids": ids, "labels": ids}
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gathered from all ranks, by the names that a model has before it is wrapped."""
+    named = {}
+    for name, parameter in model.named_parameters():
+        grad: Any = parameter.grad
+        if grad is not None:
+            grad = grad.full_tensor() if isinstance(grad, DTensor) else grad
+            named[name.replace("_checkpoint_wrapped_module.", "")] = grad.contiguous()
+    return named
+
+
+def main() -> None:
+    model_id, what, file = sys.argv[1:]
+    accelerator = Accelerator()
+    model = make_model(model_id, NAME, use_peft=what == "lora")
+    if what == "lora":
+        keep_lora_beside_experts(model)
+        model.enable_input_require_grads()
+    model.activation_checkpointing_enable()
+    model.train()
+    # FSDP2 shards a model together with its optimizer.
+    model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
+    accelerator.backward(model(**batch(accelerator.process_index)).loss)
+    assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    gathered = gradients(model)
+    if accelerator.is_main_process:
+        save_file(gathered, Path(file))
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
