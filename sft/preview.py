@@ -10,6 +10,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,8 @@ def histogram(lengths: np.ndarray) -> Table:
 
 def epoch(tokens: Dataset, lengths: np.ndarray, task: str) -> list[tuple[str, str]]:
     """What an epoch of the recipe comes to."""
-    max_length, sequences = batch_of(task)
+    max_length, *factors = read_batch(task)
+    sequences = prod(factors)
     fitting = tokens.select(np.flatnonzero(lengths <= max_length))
     if len(fitting) == 0:
         raise UserError(f"every conversation is longer than {task}'s --max_length {max_length}")
@@ -121,13 +123,12 @@ def epoch(tokens: Dataset, lengths: np.ndarray, task: str) -> list[tuple[str, st
     ]
 
 
-def batch_of(task: str) -> tuple[int, int]:
-    """(max_length, sequences a step over all GPUs) of a task file's flags and resources."""
+def read_batch(task: str) -> tuple[int, int, int, int]:
+    """(max_length, per-device batch, accumulation steps, GPUs) of a task file. Raises UserError."""
     try:
         config = yaml.safe_load(Path(task).read_text())
-        flags = {name: int(re.findall(rf"--{name} (\d+)", config["run"])[-1]) for name in FLAGS}
+        flags = [int(re.findall(rf"--{name} (\d+)", config["run"])[-1]) for name in FLAGS]
         num_gpus = int(config["resources"]["accelerators"].split(":")[1]) * config["num_nodes"]
     except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{task} is no task file like those of this repository: {error}") from error
-    batch = flags["per_device_train_batch_size"] * flags["gradient_accumulation_steps"]
-    return flags["max_length"], batch * num_gpus
+    return flags[0], flags[1], flags[2], num_gpus

@@ -23,7 +23,7 @@ TINY = {
 }
 
 
-def make_config(size: str, *, num_layers: int | None, tiny: bool) -> GptOssConfig:
+def make_config(size: str, *, num_layers: int | None = None, tiny: bool = False) -> GptOssConfig:
     """size: "20b" or "120b"; num_layers: fewer than it has; tiny: neither's widths."""
     sizes: dict[str, Any] = SIZES[size] | (TINY if tiny else {})
     if num_layers is not None:

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from trl import ModelConfig
 
 from experts import NAME, keep_lora_beside_experts
@@ -49,6 +50,19 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return named
 
 
+class BytesMoved(TorchDispatchMode):
+    """What the collectives gather or reduce, in bytes."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
+        if "allgather" in func.__name__:
+            self.total += args[0].nbytes  # gathered
+        elif "reduce_scatter" in func.__name__:
+            self.total += args[1].nbytes  # to be reduced
+        return func(*args, **(kwargs or {}))
+
+
 def main() -> None:
     model_id, what, file = sys.argv[1:]
     accelerator = Accelerator()
@@ -60,11 +74,12 @@ def main() -> None:
     model.train()
     # FSDP2 shards a model together with its optimizer.
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
-    accelerator.backward(model(**batch(accelerator.process_index)).loss)
+    with BytesMoved() as moved:
+        accelerator.backward(model(**batch(accelerator.process_index)).loss)
     assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
     gathered = gradients(model)
     if accelerator.is_main_process:
-        save_file(gathered, Path(file))
+        save_file(gathered, Path(file), metadata={"bytes_moved": str(moved.total)})
     accelerator.end_training()
 
 

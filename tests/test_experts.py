@@ -1,22 +1,14 @@
 """Experts and their LoRA equal the eager reference in fp32, outputs and every gradient."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
 import metrics  # noqa: F401  counts grouped GEMMs
-import sharded_step
-from conftest import CPU_ENVS, REPO
 from experts import NAME, LowRankParamWrapper, keep_lora_beside_experts
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 64, 96, 8, 4
@@ -198,25 +190,3 @@ def test_lora_costs_what_it_must() -> None:
     with FlopCounterMode(display=False) as pefts:
         gradients(with_lora(make_mlp(NAME), low_rank=False), x)
     assert pefts.get_total_flops() > 1.4 * counter.get_total_flops()
-
-
-@pytest.mark.parametrize("what, config", [("all", "fsdp2.yaml"), ("lora", "fsdp2_lora.yaml")])
-def test_sharded_over_two_processes_and_recomputed(
-    what: str, config: str, tiny_model: Path, tmp_path: Path
-) -> None:
-    file = tmp_path / "gradients.safetensors"
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        f"--config_file={REPO / 'sft' / config}",
-        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
-        "--mixed_precision=no",
-        *(str(REPO / "tests/sharded_step.py"), str(tiny_model), what, str(file)),
-    ]
-    paths = os.pathsep.join((CPU_ENVS["PYTHONPATH"], str(REPO / "sft")))
-    subprocess.run(command, env=os.environ | CPU_ENVS | {"PYTHONPATH": paths}, check=True)
-
-    model = sharded_step.make_model(str(tiny_model), "eager", use_peft=what == "lora")
-    for rank in range(2):
-        (model(**sharded_step.batch(rank)).loss / 2).backward()
-    assert_same(load_file(file), sharded_step.gradients(model), tolerance=1e-4)

@@ -1,0 +1,140 @@
+"""What bounds a step of each recipe, on paper: computing, or moving weights and gradients.
+
+    python sft/roofline.py gpt-oss-*.yaml                  as the task files have it
+    python sft/roofline.py --mfu 0.3 gpt-oss-20b-sft.yaml  with the rate bench.py measured
+
+FSDP2 gathers a layer's bf16 weights before its forward and again before its backward (so with the
+embedding; the head, once), and reduces its fp32 gradients; data parallel LoRA reduces the
+adapter's. While one layer computes the next travels, so a step takes the longer of the
+two sums. A collective of B bytes over W GPUs moves B (W - 1) / W through every GPU's link; over
+nodes NCCL's rings share all of a node's network cards, so B over their sum is the time there (the
+"bus bandwidth" of nccl-tests).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from transformers import GptOssConfig, HfArgumentParser
+
+from errors import one_line_errors
+from metrics import PEAK_FLOPS, flops_per_token
+from preview import read_batch
+from synthetic import MEAN_LENGTH, make_config
+
+# Bytes/s each way, data sheets: NVLink 4 of a GPU, eight 400 Gb/s cards of a node. A ring gets some
+# four fifths of them (nccl-tests' all_gather_perf on such machines).
+NVLINK, NETWORK, REACHED = 450e9, 8 * 50e9, 0.8
+
+
+@dataclass
+class RooflineArguments:
+    """Which recipes, and how fast a GPU computes."""
+
+    mfu: float = field(
+        default=0.3, metadata={"help": "What one GPU reaches alone: bench.py measures it."}
+    )
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers of parameters: of all decoder layers, the embedding, the head, and the adapter."""
+
+    layers: int
+    embedding: int
+    head: int
+    adapter: int
+
+    @property
+    def model(self) -> int:
+        return self.layers + self.embedding + self.head
+
+
+def count_parameters(config: GptOssConfig, *, lora_r: int) -> Parameters:
+    """Of a model, and of LoRA on every linear layer of its decoder and every expert."""
+    hidden, width, num_experts = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_local_experts,
+    )
+    q_dim = config.num_attention_heads * config.head_dim
+    kv_dim = config.num_key_value_heads * config.head_dim
+    attention = hidden * (2 * q_dim + 2 * kv_dim) + q_dim + 2 * kv_dim + hidden
+    experts = num_experts * (3 * hidden * width + 2 * width + hidden)
+    router, norms_and_sinks = num_experts * (hidden + 1), 2 * hidden + config.num_attention_heads
+    layer = attention + experts + router + norms_and_sinks
+    thin = 2 * (hidden + q_dim) + 2 * (hidden + kv_dim)  # inputs and outputs, what r multiplies
+    thin += num_experts * (hidden + 2 * width + width + hidden)
+    return Parameters(
+        layers=config.num_hidden_layers * layer,
+        embedding=config.vocab_size * hidden,
+        head=config.vocab_size * hidden + hidden,
+        adapter=config.num_hidden_layers * lora_r * thin,
+    )
+
+
+def bytes_moved(parameters: Parameters, *, sharded: bool, lora: bool, weight_bytes: int = 2) -> int:
+    """Bytes of all collectives of a step, before the factor (W - 1) / W. Gradients are fp32.
+
+    An all-reduce counts twice: it is a reduce-scatter and an all-gather.
+    """
+    adapter = parameters.adapter if lora else 0
+    trainable = adapter if lora else parameters.model
+    if not sharded:
+        return 2 * 4 * trainable
+    gathered = 2 * (parameters.layers + parameters.embedding + adapter) + parameters.head
+    return weight_bytes * gathered + 4 * trainable
+
+
+def add_row(table: Table, task: Path, *, mfu: float) -> None:
+    config = yaml.safe_load(task.read_text())
+    max_length, batch, accumulation, num_gpus = read_batch(str(task))
+    gpu = config["resources"]["accelerators"].split(":")[0]
+    model = make_config("120b" if "120b" in config["envs"]["MODEL"] else "20b")
+    lora = "--use_peft true" in config["run"]
+    sharded = "fsdp2" in config["envs"]["ACCELERATE_CONFIG"]
+    parameters = count_parameters(model, lora_r=8)
+
+    per_token = flops_per_token(model, context=MEAN_LENGTH, lora=lora) / (PEAK_FLOPS[gpu] * mfu)
+    computing = per_token * max_length * batch
+    moved = bytes_moved(parameters, sharded=sharded, lora=lora)
+    links = min(NVLINK, NETWORK) if config["num_nodes"] > 1 else NVLINK
+    moving = moved * (num_gpus - 1) / num_gpus / (links * REACHED)
+    step = max(computing, moving)
+    table.add_row(
+        task.stem,
+        f"{max_length * batch:,}",
+        f"{computing:.2f}",
+        f"{moving:.2f}",
+        "computing" if computing >= moving else "moving",
+        f"{max_length * batch / step:,.0f}",
+        f"{moving / per_token:,.0f}",
+        f"{max_length * batch * accumulation * num_gpus:,}",
+    )
+
+
+def main() -> None:
+    parser = HfArgumentParser(RooflineArguments)
+    parser.add_argument("tasks", nargs="+", type=Path)
+    with one_line_errors():
+        args, others = parser.parse_args_into_dataclasses()
+        table = Table(
+            "",
+            "tokens at once\nper GPU",
+            "computing\ns",
+            "moving\ns",
+            "bound by",
+            "tokens/s/GPU\nat most",
+            "computing takes\nover at tokens",
+            "tokens\na step",
+            title=f"On paper, computing at an MFU of {args.mfu:.0%}",
+        )
+        for task in others.tasks:
+            add_row(table, task, mfu=args.mfu)
+        Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
