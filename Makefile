@@ -36,7 +36,7 @@ sky: .venv/sky/.installed
 
 .venv/train/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
 	$(UV) venv -q --allow-existing --python 3.11 .venv/train
-	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock
+	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock triton
 	touch $@
 
 .venv/sky/.installed: tests/sky/requirements.lock | $(UV)

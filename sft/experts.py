@@ -19,6 +19,8 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import grouped_mm, pad
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mxfp4 import Mxfp4Weight, PackedGroupedMM
+
 NAME = "sorted_grouped_mm"  # as experts_implementation
 
 Factors = tuple[torch.Tensor, torch.Tensor, float]
@@ -56,7 +58,10 @@ def grouped_linear(
 ) -> torch.Tensor:
     """Each pair's x (S, in) times its expert's weight (E, in, out), plus the low-rank part."""
     x = x.to(weight.dtype)
-    y = grouped_mm(x, weight, offs=offsets)
+    if isinstance(weight, Mxfp4Weight):
+        y = PackedGroupedMM.apply(x, weight.blocks, weight.scales, offsets)
+    else:
+        y = grouped_mm(x, weight, offs=offsets)
     if factors is None:
         return y
     a, b, scaling = factors

@@ -21,6 +21,10 @@ class RunArguments:
     ignore_fingerprint: bool = field(
         default=False, metadata={"help": "Resume even a checkpoint of a run defined otherwise."}
     )
+    dequantize: bool | None = field(
+        default=None,
+        metadata={"help": "Unpack MXFP4 experts to bf16 once. Unset: only where they are trained."},
+    )
 
 
 @dataclass
@@ -66,6 +70,13 @@ def parse_args(args: list[str] | None = None) -> Arguments:
     script_args, training_args, model_args, data_args, run_args = arguments
     check_flags(script_args, training_args, model_args)
     check_data_flags(data_args)
+    if run_args.dequantize is None:
+        run_args.dequantize = not model_args.use_peft
+    if not (run_args.dequantize or model_args.use_peft):
+        raise UserError(
+            "--dequantize false keeps experts in MXFP4, which cannot be trained: it is for LoRA, "
+            "add --use_peft true or remove it"
+        )
     # Published checkpoints carry 0.9, a coefficient of pre-training, and trl takes it from the
     # config unless told: the loss would be drowned. The published router is balanced already.
     if training_args.router_aux_loss_coef is None:

@@ -1,16 +1,18 @@
-"""gpt-oss as it is trained here: MXFP4 unpacked to bf16, experts found for LoRA."""
+"""gpt-oss as it is trained here: made where its weights will be, experts found for LoRA."""
 
 import re
-from typing import Any
+from contextlib import suppress
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from peft import LoraConfig
 from transformers import (
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     GptOssConfig,
     GptOssForCausalLM,
-    Mxfp4Config,
     PreTrainedTokenizerBase,
 )
 from trl import ModelConfig
@@ -18,6 +20,7 @@ from trl import ModelConfig
 import experts
 from attention import isolate_packed_sequences
 from errors import UserError
+from weights import Checkpoint, fill
 
 
 def load_config(model_id: str, *, revision: str = "main") -> GptOssConfig:
@@ -48,29 +51,38 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
 
 
 def load_model(
-    model_id: str, *, revision: str = "main", attn_implementation: str
+    weights: Checkpoint, *, attn_implementation: str, dequantize: bool = True
 ) -> GptOssForCausalLM:
-    """Load a gpt-oss checkpoint, MXFP4 or float, as bf16 weights that can be trained."""
-    config = load_config(model_id, revision=revision)
-    quantization = getattr(config, "quantization_config", None)
-    kwargs: dict[str, Any] = {}
-    if quantization is not None:
-        kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
-    try:
-        model = GptOssForCausalLM.from_pretrained(
-            model_id,
-            revision=revision,
-            dtype=torch.bfloat16,
-            attn_implementation=attn_implementation,
-            experts_implementation=experts.NAME,
-            use_cache=False,
-            **kwargs,
+    """gpt-oss with the weights of a checkpoint, bf16 but for experts stored in MXFP4, which stay so
+    unless dequantize is set, where this process will train them.
+
+    Under FSDP2 it stays on the meta device: weights.shard_and_fill, called when the adapter is in
+    its place, has each rank read its share. Raises UserError if MXFP4 would have to be sharded.
+    """
+    config = load_config(weights.model_id, revision=weights.revision)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is trained and saved is not quantized
+    config.use_cache = False
+    config._attn_implementation = attn_implementation
+    config._experts_implementation = experts.NAME
+    with torch.device("meta"):
+        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with suppress(OSError):  # it is optional
+        model.generation_config = GenerationConfig.from_pretrained(
+            weights.model_id, revision=weights.revision
         )
-    except OSError as error:
-        raise UserError(
-            f"the weights of {model_id!r} cannot be read; {str(error).splitlines()[0]}"
-        ) from error
     isolate_packed_sequences(model)
+
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    offloaded = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if (sharded or offloaded) and not dequantize:
+        raise UserError(
+            "an MXFP4 base is not sharded, every GPU holds all of it: set ACCELERATE_CONFIG to "
+            "/sft/ddp.yaml, or add --dequantize true"
+        )
+    if not sharded:
+        device = torch.device("cpu") if offloaded else PartialState().device
+        fill(model, weights, device=device, dequantize=dequantize)
     return model
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from saver import Saver
+from weights import Checkpoint, shard_and_fill
 
 # A LoRA checkpoint holds the adapter, not the frozen base.
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -26,11 +27,20 @@ class ResumableSFTTrainer(SFTTrainer):
     DeepSpeed keeps its own format, saved while training waits.
     """
 
-    def __init__(self, *args: Any, saver: Saver, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, saver: Saver, weights: Checkpoint | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.saver = saver
+        self.weights = weights
         self.args.save_total_limit = None  # the saver deletes, once the next is durable
         self.add_callback(saver)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Of parameters where they will be trained: a model on the meta device is sharded first."""
+        if self.weights is not None and next(self.model.parameters()).is_meta:
+            shard_and_fill(self.accelerator, self.model, self.weights)
+        return super().create_optimizer(*args, **kwargs)
 
     def state_to_save(self) -> dict[str, Any]:
         weights, optimizer = get_state_dict(

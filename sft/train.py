@@ -30,11 +30,13 @@ from flags import DataArguments, RunArguments, parse_args
 from launches import LaunchLog, cost, first_date, read_launches
 from metrics import Throughput, flops_per_token, print_summary
 from model import load_model, load_tokenizer, lora_config
+from mxfp4 import leave_to_each_rank
 from preemption import EXIT_STATUS
 from preflight import check_gpus, check_output_dir
 from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished
 from saver import Saver
 from watchdog import Watchdog
+from weights import Checkpoint
 
 
 def configure_wandb(training_args: SFTConfig) -> None:
@@ -88,7 +90,9 @@ def train(
     if checkpoint and not run_args.ignore_fingerprint:
         check_same_run(checkpoint, read_manifest(Path(checkpoint))["fingerprint"], identity)
     attention = model_args.attn_implementation or choose_attention()
-    model = load_model(model_id, revision=revision, attn_implementation=attention)
+    weights = Checkpoint(model_id, revision=revision)
+    dequantize = bool(run_args.dequantize)
+    model = load_model(weights, attn_implementation=attention, dequantize=dequantize)
 
     mean_length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
     saver = Saver(
@@ -111,7 +115,9 @@ def train(
             Watchdog(timeout=0.8 * training_args.ddp_timeout, is_excused=lambda: saver.is_waiting),
         ],
         saver=saver,
+        weights=weights,
     )
+    leave_to_each_rank(trainer.model)
     keep_lora_beside_experts(trainer.model)
     reduce_gradients_in_fp32(trainer)
     throughput = Throughput(

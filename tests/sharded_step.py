@@ -17,21 +17,30 @@ from trl import ModelConfig
 
 from experts import NAME, keep_lora_beside_experts
 from model import load_model, lora_config
+from weights import Checkpoint, local_rows, shard_and_fill
 
 
 def make_model(model_id: str, implementation: str, *, use_peft: bool) -> Any:
-    """In fp32, and with adapters that already do something."""
-    model: Any = load_model(model_id, attn_implementation="eager").float()
+    """In fp32."""
+    model: Any = load_model(Checkpoint(model_id), attn_implementation="eager").float()
     model.set_experts_implementation(implementation)
     if not use_peft:
         return model
     args = ModelConfig(use_peft=True, lora_r=4, lora_alpha=16, lora_dropout=0.0)
-    model = get_peft_model(model, lora_config(model, args))
-    torch.manual_seed(1)
+    return get_peft_model(model, lora_config(model, args))
+
+
+def randomize_adapters(model: torch.nn.Module) -> None:
+    """So that they do something: B is zero at first. The same however they are sharded."""
+    generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
+            values = torch.empty(parameter.shape).normal_(std=0.1, generator=generator)
+            if isinstance(parameter, DTensor):
+                start, stop = local_rows(parameter)
+                parameter.to_local().detach().copy_(values[start:stop])
+            else:
+                parameter.detach().copy_(values)
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
@@ -72,7 +81,9 @@ def main() -> None:
         model.enable_input_require_grads()
     model.activation_checkpointing_enable()
     model.train()
-    # FSDP2 shards a model together with its optimizer.
+    shard_and_fill(accelerator, model, Checkpoint(model_id))
+    randomize_adapters(model)
+    # FSDP2 takes a model together with its optimizer.
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     with BytesMoved() as moved:
         accelerator.backward(model(**batch(accelerator.process_index)).loss)

@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from attention import FASTEST_FIRST, TOLERANCE, choose_attention, outputs_and_gradients, probe
 from model import load_model
+from weights import Checkpoint
 
 LENGTHS = [50, 1, 90, 40]  # below and above the tiny model's window of 32, and one token alone
 
@@ -78,7 +79,7 @@ def test_what_is_not_there_is_refused_with_its_reason() -> None:
 
 
 def test_packed_conversations_do_not_see_each_other(tiny_model: Path) -> None:
-    model = load_model(str(tiny_model), attn_implementation="eager").float()
+    model = load_model(Checkpoint(str(tiny_model)), attn_implementation="eager").float()
     ids = torch.randint(0, 256, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
     with torch.no_grad():

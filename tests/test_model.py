@@ -11,13 +11,14 @@ from trl import ModelConfig
 
 from errors import UserError
 from model import expert_parameters, load_config, load_model, lora_config
+from weights import Checkpoint
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> GptOssForCausalLM:
-    return load_model(str(tiny_model), attn_implementation="eager")
+    return load_model(Checkpoint(str(tiny_model)), attn_implementation="eager")
 
 
 def test_mxfp4_is_unpacked_exactly(model: GptOssForCausalLM, tiny_model: Path) -> None:

@@ -34,6 +34,7 @@ def test_a_sharded_step(what: str, config: str, tiny_model: Path, tmp_path: Path
 
     lora = what == "lora"
     model = sharded_step.make_model(str(tiny_model), "eager", use_peft=lora)
+    sharded_step.randomize_adapters(model)
     for rank in range(2):
         (model(**sharded_step.batch(rank)).loss / 2).backward()
     with safe_open(file, "pt") as stored:
