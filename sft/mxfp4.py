@@ -149,8 +149,7 @@ def packed_grouped_mm(
         # All at once, and the host need not wait for the router.
         weights = unpack(blocks, scales)
         return grouped_mm(x, weights.transpose(1, 2) if transpose else weights, offs=offsets)
-    starts = range(0, num_experts, step)
-    rows = [0, *offsets[step - 1 : -1 : step].tolist(), len(x)]
+    starts, rows = range(0, num_experts, step), bounds(offsets, step=step, num_rows=len(x))
     y = x.new_empty(len(x), blocks.shape[1] if transpose else 2 * blocks[0, 0].numel())
     for first, (start, stop) in zip(starts, pairwise(rows), strict=True):
         if start == stop:
@@ -160,6 +159,11 @@ def packed_grouped_mm(
         weights = weights.transpose(1, 2) if transpose else weights
         y[start:stop] = grouped_mm(x[start:stop], weights, offs=offsets[some] - start)
     return y
+
+
+def bounds(offsets: torch.Tensor, *, step: int, num_rows: int) -> list[int]:
+    """The first row of every `step` experts, and the end. The host waits for the router here."""
+    return [0, *offsets[step - 1 : -1 : step].tolist(), num_rows]
 
 
 def leave_to_each_rank(model: torch.nn.Module) -> None:

@@ -22,7 +22,7 @@ from transformers import GptOssConfig, HfArgumentParser
 from errors import one_line_errors
 from metrics import PEAK_FLOPS, flops_per_token
 from preview import read_batch
-from synthetic import MEAN_LENGTH, make_config
+from synthetic import MEAN_LENGTH, config_of
 
 # Bytes/s each way, data sheets: NVLink 4 of a GPU, eight 400 Gb/s cards of a node. A ring gets some
 # four fifths of them (nccl-tests' all_gather_perf on such machines).
@@ -92,7 +92,7 @@ def add_row(table: Table, task: Path, *, mfu: float) -> None:
     config = yaml.safe_load(task.read_text())
     max_length, batch, accumulation, num_gpus = read_batch(str(task))
     gpu = config["resources"]["accelerators"].split(":")[0]
-    model = make_config("120b" if "120b" in config["envs"]["MODEL"] else "20b")
+    model = config_of(task)
     lora = "--use_peft true" in config["run"]
     sharded = "fsdp2" in config["envs"]["ACCELERATE_CONFIG"]
     parameters = count_parameters(model, lora_r=8)

@@ -6,6 +6,8 @@
 Ranks agree after every step, by one all_reduce of four numbers on CPU, on what to do next.
 """
 
+import errno
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +27,8 @@ from bucket import await_upload
 from checkpoint import checkpoints, describe, files_of, find_problem, prune, write_manifest
 from errors import UserError
 from preemption import PreemptionNotice
+
+FULL_BYTES = 2**20
 
 
 class Saver(TrainerCallback):
@@ -83,7 +87,7 @@ class Saver(TrainerCallback):
         if noticed and not self.preempted:
             self.preempted, self.noticed_at = True, self.notice.received_at or time.monotonic()
         if failed:
-            self.report_failure()
+            self.report_failure(self.pending.exception() if self.pending and done else None)
         if self.saving is not None and not busy:
             self.advance()
         return due and self.saving is None
@@ -105,10 +109,15 @@ class Saver(TrainerCallback):
             raise UserError(missing)
         if PartialState().is_main_process:
             shutil.rmtree(folder, ignore_errors=True)  # torn by a launch before this one
-            folder.mkdir(parents=True)
         self.barrier()
-        folder.mkdir(parents=True, exist_ok=True)  # another node sees the bucket's folders late
-        write(folder)
+        error: Exception | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)  # other nodes see the bucket's folders late
+            write(folder)
+        except (OSError, RuntimeError) as failure:  # torch.save makes the one of the other
+            error = failure
+        self.saving, self.described = folder, False
+        self.report_failure(error)
         written = None
         if state_dict is not None:
             written = cast(
@@ -120,9 +129,6 @@ class Saver(TrainerCallback):
                     async_stager=self.stager,
                 ),
             )
-        else:
-            self.barrier()
-        self.saving, self.described = folder, False
         self.pending = self.executor.submit(self.settle, folder, written)
         self.last_step, self.last_saved = step, time.monotonic()
         self.stall_seconds += self.last_saved - started
@@ -174,16 +180,26 @@ class Saver(TrainerCallback):
             same = False
         return None if same else f"{self.run_dir} is no longer mounted: is the bucket gone?"
 
-    def report_failure(self) -> None:
-        """Raise UserError on every rank for the first rank's background error."""
-        error = self.pending.exception() if self.pending and self.pending.done() else None
-        reasons = self.gather(None if error is None else root_cause(error))
-        rank, reason = next((n, text) for n, text in enumerate(reasons) if text is not None)
+    def report_failure(self, error: BaseException | None) -> None:
+        """Raise UserError on every rank for the first rank that has an error, if one has."""
+        reasons = self.gather(None if error is None else self.reason_for(error))
+        failures = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
+        if not failures:
+            return
+        rank, reason = failures[0]
         whole = next((f.name for f in checkpoints(self.run_dir) if find_problem(f) is None), "none")
         raise UserError(
             f"saving {self.saving} failed on rank {rank}: {reason}; "
             f"training stops, the last whole checkpoint is {whole}"
         )
+
+    def reason_for(self, error: BaseException) -> str:
+        """One line for an error, of DCP's wrapped ones the first."""
+        if isinstance(error, CheckpointException) and error.failures:
+            error = next(iter(error.failures.values()))[0]
+        if isinstance(error, RuntimeError) and shutil.disk_usage(self.run_dir).free < FULL_BYTES:
+            return os.strerror(errno.ENOSPC)  # which torch's own writer does not say
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def gather(self, value: Any) -> list[Any]:
         if self.step_group is None:
@@ -195,10 +211,3 @@ class Saver(TrainerCallback):
     def barrier(self) -> None:
         if self.step_group is not None:
             dist.barrier(group=self.step_group)
-
-
-def root_cause(error: BaseException) -> str:
-    """One line for an error of DCP, which wraps those of its ranks."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

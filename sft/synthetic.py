@@ -1,9 +1,11 @@
 """gpt-oss in true width with random weights, and random conversations: what bench.py trains."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
@@ -29,6 +31,12 @@ def make_config(size: str, *, num_layers: int | None = None, tiny: bool = False)
     if num_layers is not None:
         sizes |= {"num_hidden_layers": num_layers}
     return GptOssConfig(**sizes, use_cache=False, dtype=torch.bfloat16)
+
+
+def config_of(task: Path) -> GptOssConfig:
+    """The shapes of the model that a task file trains."""
+    model = yaml.safe_load(task.read_text())["envs"]["MODEL"]
+    return make_config("120b" if "120b" in model else "20b")
 
 
 def make_model(config: GptOssConfig) -> GptOssForCausalLM:
