@@ -1,15 +1,17 @@
 """Measure this recipe's training step against stock TRL's, in turn on the same machine.
 
     python sft/bench.py                                   gpt-oss-20b, LoRA, one GPU
-    python sft/bench.py --model 120b --num_layers 8       as many layers as fit
+    python sft/bench.py --model 120b --per_device_train_batch_size 1 --paths recipe    80 GB
+    python sft/bench.py --use_peft false --num_layers 4   all weights, as many layers as fit
     python sft/bench.py --paths recipe no_packing compiled      what one lever is worth; see PATHS
     python sft/bench.py --tiny                            small shapes, on CPU too
 
 A path is a SFTTrainer with LoRA r=8 on every linear layer and every expert (--use_peft false: all
 weights) over the same random conversations, in a process of its own:
 
-    recipe    packed to max_length; experts.py, the attention attention.py chooses, saver.py
-    stock     TRL's defaults: padded batches, PEFT's own LoRA on experts, eager attention
+    recipe    packed to max_length; experts.py, beside LoRA in MXFP4; the attention attention.py
+              chooses, saver.py
+    stock     TRL's defaults: padded batches, PEFT's own LoRA on bf16 experts, eager attention
 
 Widths, vocabulary and routing are gpt-oss's, with random weights; lengths are those of the default
 dataset (synthetic.py). tokens/s counts no padding. MFU is metrics.flops_per_token, of which the
@@ -45,6 +47,7 @@ class Setup:
     """What a path trains with; the defaults are the recipe's."""
 
     packing: bool = True
+    dequantize: bool = False  # of LoRA's base
     attn_implementation: str | None = None  # None: what attention.py chooses
     experts_implementation: str = experts.NAME
     lora_beside_experts: bool = True
@@ -56,17 +59,21 @@ PATHS = {
     "recipe": Setup(),
     "stock": Setup(
         packing=False,
+        dequantize=True,
         attn_implementation="eager",
         experts_implementation="grouped_mm",
         lora_beside_experts=False,
         saves_in_background=False,
     ),
     # The recipe but for one lever.
+    "bf16_base": Setup(dequantize=True),
     "no_packing": Setup(packing=False),
     "eager_attention": Setup(attn_implementation="eager"),
     "flex_attention": Setup(attn_implementation="flex_attention"),
-    "stock_experts": Setup(experts_implementation="grouped_mm", lora_beside_experts=False),
-    "stock_expert_lora": Setup(lora_beside_experts=False),
+    "stock_experts": Setup(
+        dequantize=True, experts_implementation="grouped_mm", lora_beside_experts=False
+    ),
+    "stock_expert_lora": Setup(dequantize=True, lora_beside_experts=False),
     "no_checkpointing": Setup(flags={"activation_checkpointing": False}),
     "compiled": Setup(flags={"torch_compile": True}),
 }
@@ -132,7 +139,7 @@ def make_trainer(args: BenchArguments, setup: Setup, folder: Path) -> SFTTrainer
     config = make_config(args.model, num_layers=args.num_layers, tiny=args.tiny)
     config._attn_implementation = setup.attn_implementation or choose_attention()
     config._experts_implementation = setup.experts_implementation
-    model = make_model(config)
+    model = make_model(config, packed=args.use_peft and not setup.dequantize)
     if setup.packing:
         isolate_packed_sequences(model)
     max_steps = args.warmup_steps + args.num_windows * args.steps_per_window

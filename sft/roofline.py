@@ -8,7 +8,8 @@ embedding; the head, once), and reduces its fp32 gradients; data parallel LoRA r
 adapter's. While one layer computes the next travels, so a step takes the longer of the
 two sums. A collective of B bytes over W GPUs moves B (W - 1) / W through every GPU's link; over
 nodes NCCL's rings share all of a node's network cards, so B over their sum is the time there (the
-"bus bandwidth" of nccl-tests).
+"bus bandwidth" of nccl-tests). A frozen base in MXFP4 is unpacked for the forward, for its
+recomputation and for the backward, each time read as 17/32 of a byte a weight and written as two.
 """
 
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from synthetic import MEAN_LENGTH, config_of
 # Bytes/s each way, data sheets: NVLink 4 of a GPU, eight 400 Gb/s cards of a node. A ring gets some
 # four fifths of them (nccl-tests' all_gather_perf on such machines).
 NVLINK, NETWORK, REACHED = 450e9, 8 * 50e9, 0.8
+HBM = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, data sheets
 
 
 @dataclass
@@ -88,6 +90,12 @@ def bytes_moved(parameters: Parameters, *, sharded: bool, lora: bool, weight_byt
     return weight_bytes * gathered + 4 * trainable
 
 
+def bytes_unpacked(config: GptOssConfig) -> int:
+    """Bytes read and written in a step to unpack all experts."""
+    a_layer = 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
+    return 3 * config.num_hidden_layers * a_layer * (17 + 64) // 32
+
+
 def add_row(table: Table, task: Path, *, mfu: float) -> None:
     config = yaml.safe_load(task.read_text())
     max_length, batch, accumulation, num_gpus = read_batch(str(task))
@@ -102,13 +110,17 @@ def add_row(table: Table, task: Path, *, mfu: float) -> None:
     moved = bytes_moved(parameters, sharded=sharded, lora=lora)
     links = min(NVLINK, NETWORK) if config["num_nodes"] > 1 else NVLINK
     moving = moved * (num_gpus - 1) / num_gpus / (links * REACHED)
-    step = max(computing, moving)
+    unpacking = 0.0 if sharded or not lora else bytes_unpacked(model) / (HBM[gpu] * REACHED)
+    step = max(computing + unpacking, moving)
+    parts = {"computing": computing, "unpacking": unpacking}
+    bound = "moving" if moving == step else max(parts, key=lambda part: parts[part])
     table.add_row(
         task.stem,
         f"{max_length * batch:,}",
         f"{computing:.2f}",
+        f"{unpacking:.2f}",
         f"{moving:.2f}",
-        "computing" if computing >= moving else "moving",
+        bound,
         f"{max_length * batch / step:,.0f}",
         f"{moving / per_token:,.0f}",
         f"{max_length * batch * accumulation * num_gpus:,}",
@@ -124,6 +136,7 @@ def main() -> None:
             "",
             "tokens at once\nper GPU",
             "computing\ns",
+            "unpacking\ns",
             "moving\ns",
             "bound by",
             "tokens/s/GPU\nat most",
@@ -133,7 +146,7 @@ def main() -> None:
         )
         for task in others.tasks:
             add_row(table, task, mfu=args.mfu)
-        Console(width=120).print(table)
+        Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast
 
+from mxfp4 import BLOCK_SIZE, Mxfp4Weight
+from weights import restore_buffers
+
 # The default dataset's: 1.5 million tokens in 1,000 conversations.
 MEAN_LENGTH, SIGMA = 1500, 0.6
 SIZES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}}
@@ -39,11 +42,35 @@ def config_of(task: Path) -> GptOssConfig:
     return make_config("120b" if "120b" in model else "20b")
 
 
-def make_model(config: GptOssConfig) -> GptOssForCausalLM:
-    """bf16 weights, made where they are used."""
+def make_model(config: GptOssConfig, *, packed: bool) -> GptOssForCausalLM:
+    """Random weights, made where they are used: bf16 but, if packed, for frozen MXFP4 experts."""
     torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        return GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not packed:
+        with device:
+            return GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    with torch.device("meta"):
+        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.ndim == 3:
+            weight = torch.nn.Parameter(random_mxfp4(parameter.shape, device), requires_grad=False)
+        else:
+            values = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device)
+            weight = torch.nn.Parameter(
+                values.fill_(1) if "norm" in name else values.normal_(std=0.02)
+            )
+        module, _, leaf = name.rpartition(".")
+        model.get_submodule(module).register_parameter(leaf, weight)
+    restore_buffers(model, device)
+    return model
+
+
+def random_mxfp4(shape: torch.Size, device: torch.device) -> Mxfp4Weight:
+    """A stack of experts (E, in, out) of standard deviation 0.02."""
+    num_experts, inner, out = shape
+    groups = (num_experts, out, inner // BLOCK_SIZE)
+    blocks = torch.randint(0, 256, (*groups, BLOCK_SIZE // 2), dtype=torch.uint8, device=device)
+    return Mxfp4Weight(blocks, torch.full(groups, 127 - 7, dtype=torch.uint8, device=device))
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
