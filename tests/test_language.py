@@ -21,7 +21,9 @@ def thoughts() -> list[tuple[str, str]]:
 def test_the_shipped_thinking_is_recognised() -> None:
     pairs = thoughts()
     assert len({language for language, _ in pairs}) == 10 and len(pairs) > 130
-    wrong = [(asked, language_of(text), text) for asked, text in pairs if language_of(text) != asked]
+    wrong = [
+        (asked, language_of(text), text) for asked, text in pairs if language_of(text) != asked
+    ]
     assert len(wrong) <= 0.05 * len(pairs), wrong
     # And of no language fewer than 90%.
     totals, misses = Counter(asked for asked, _ in pairs), Counter(asked for asked, _, _ in wrong)
@@ -37,12 +39,12 @@ def test_texts_that_nobody_tuned_it_on() -> None:
         "Vernunft und Gewissen begabt.",
         "French": "Tous les êtres humains naissent libres et égaux en dignité et en droits.",
         "Spanish": "Todos los seres humanos nacen libres e iguales en dignidad y derechos.",
-        "Italian": "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti. Essi sono "
-        "dotati di ragione e di coscienza.",
+        "Italian": "Tutti gli esseri umani nascono liberi ed eguali in dignità e diritti.",
         "Portuguese": "Todos os seres humanos nascem livres e iguais em dignidade e em direitos.",
         "Dutch": "Alle mensen worden vrij en gelijk in waardigheid en rechten geboren.",
         "Chinese": "人人生而自由,在尊严和权利上一律平等。",
-        "Japanese": "すべての人間は、生まれながらにして自由であり、かつ、尊厳と権利とについて平等である。",
+        "Japanese": "すべての人間は、生まれながらにして自由であり、"
+        "かつ、尊厳と権利とについて平等である。",
         "Hindi": "सभी मनुष्यों को गौरव और अधिकारों के मामले में जन्मजात स्वतन्त्रता और समानता प्राप्त है।",
         "Korean": "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
     }.items():
