@@ -111,7 +111,9 @@ def problem_of(
         return f"a message is made of {' '.join(filter(None, controls))}"
     (_, author), (_, channel), *constrain, (_, content), (end, rest) = message
     author_match = re.fullmatch(("" if is_first else "assistant") + RECIPIENT, author)
-    channel_match = re.fullmatch(rf"({'|'.join(CHANNELS)}){RECIPIENT}( \w+)? ?", channel)
+    # The content's type, which a call may name, is a word or stands behind <|constrain|>.
+    content_type = " ?" if constrain else r"( \w+)?"
+    channel_match = re.fullmatch(rf"({'|'.join(CHANNELS)}){RECIPIENT}{content_type}", channel)
     if author_match is None or any(not re.fullmatch(r"\w+", text) for _, text in constrain):
         return "a header is malformed"
     if channel_match is None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 
@@ -21,9 +22,11 @@ def test_both_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plot_losses(HISTORY, tmp_path / "final/loss.png", title="my run")
     (axes,) = pyplot.gcf().axes
     training, evaluation = axes.lines
-    assert training.get_xydata().tolist() == [[1, 2.9], [2, 2.5]]
-    assert evaluation.get_xydata().tolist() == [[0, 3.0], [2, 2.6]]
-    assert [text.get_text() for text in axes.get_legend().texts] == ["training", "evaluation"]
+    assert np.asarray(training.get_xydata()).tolist() == [[1, 2.9], [2, 2.5]]
+    assert np.asarray(evaluation.get_xydata()).tolist() == [[0, 3.0], [2, 2.6]]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.texts] == ["training", "evaluation"]
     labels = (axes.get_xlabel(), axes.get_ylabel(), axes.get_title())
     assert labels == ("step", "loss", "my run")
     assert (tmp_path / "final/loss.png").read_bytes()[:4] == b"\x89PNG"
