@@ -178,8 +178,6 @@ class Judge:
         reader = ChannelReader(self.tokenizer)
         model.eval()
         scores = score(model, self.tokens, reader, max_length=self.max_length or 4096)
-        # The one that is known to be right with a cache and with padding on the left.
-        model.set_attn_implementation("eager")
         limit = self.max_new_tokens
         written = generate(model, self.tokenizer, self.prompts, max_new_tokens=limit)
         turns = read_turns(written, self.prompts, reader)

@@ -1,5 +1,7 @@
 """Turns that a model writes when it is asked as vLLM asks it, and what is to be said of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,17 +66,31 @@ def generate(
         width = max(map(len, rows))
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        output = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=ends,
-            pad_token_id=pad,
-        )
+        with eager_attention(model):
+            output = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                use_cache=True,
+                eos_token_id=ends,
+                pad_token_id=pad,
+            )
         written += [until_end(row, ends) for row in output[:, width:].tolist()]
     return written
+
+
+@contextmanager
+def eager_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The one implementation known to be right with a cache and with padding on the left."""
+    config = model.config
+    chosen = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        # It may be the base of the next model, whose packed rows eager would not keep apart.
+        config._attn_implementation = chosen
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:

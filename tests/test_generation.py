@@ -1,17 +1,23 @@
 """Prompts are what a server sends; turns end where they end; shares count what they say."""
 
 import json
+from pathlib import Path
 
+import torch
 from openai_harmony import HarmonyEncoding
+from peft import get_peft_model
 from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from channels import Turn
 from conftest import CONVERSATIONS
 from conversations import to_conversation
 from flags import DataArguments
-from generation import Prompt, make_prompt, shares, until_end
+from generation import Prompt, eager_attention, generate, make_prompt, shares, until_end
 from harmony import Encoder
+from model import load_model, load_tokenizer, lora_config
 from test_harmony import DATE, openai, reference, tokenizer  # noqa: F401
+from weights import Checkpoint
 
 
 def test_a_prompt_is_what_the_server_sends(
@@ -36,6 +42,25 @@ def test_a_prompt_is_what_the_server_sends(
 def test_padding_is_cut_off_and_the_end_is_kept() -> None:
     assert until_end([5, 6, 2, 1, 1], [2, 3]) == [5, 6, 2]
     assert until_end([5, 6, 7], [2, 3]) == [5, 6, 7]
+
+
+def test_attention_is_eager_while_a_model_writes_and_only_then(tiny_model: Path) -> None:
+    """Also through PEFT, and in every layer; with a cache and padding, turns stay what they are."""
+    weights = Checkpoint(str(tiny_model))
+    base = load_model(weights, attn_implementation="flash_attention_4", dequantize=False)
+    lora = lora_config(base, ModelConfig(use_peft=True, lora_dropout=0.0))
+    model = get_peft_model(base, lora)
+    layers = base.model.layers
+    with eager_attention(model):
+        assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
+        written = model.generate(
+            torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4, do_sample=False, eos_token_id=-1
+        )[0, 4:].tolist()
+    kept = {layer.self_attn.config._attn_implementation for layer in layers}
+    assert kept == {"flash_attention_4"}
+    prompts = [Prompt(ids, "?", False, None) for ids in ([5, 6, 7, 8], list(range(20, 60)))]
+    short, _ = generate(model, load_tokenizer(str(tiny_model)), prompts, max_new_tokens=4)
+    assert short == written
 
 
 def test_shares() -> None:
