@@ -22,7 +22,7 @@ WORDS = {
         them then she many some so these would into has her two him could no than been its who
         now my over did only may after should first where most because also just about why need
         must keep say answer user one up use give mention short make like we me asks wants us
-        short without more less not both same between before while better best
+        short without more less not both same between before while better best s t
     """,
     "German": """
         der die das und ist in zu den nicht von sie es ein eine einen einem einer mit dem des
@@ -41,7 +41,8 @@ WORDS = {
         el la los las de del un una y es en que por para con no se su al lo como más pero sus le
         ya o este sí porque esta entre cuando muy sin sobre también me hasta hay donde quien
         desde todo nos durante uno ni contra ese eso son dos ser está hay debe usuario cada
-        respuesta luego así hacer tiene puede si mejor decir dar según antes después menos
+        respuesta luego así hacer tiene puede si mejor decir dar según antes después menos te a
+        hacia he ha les fue eran
     """,
     "Italian": """
         il lo la gli le i di del della dei delle dello un una uno e è in che per con non si su

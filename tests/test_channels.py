@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 from channels import ChannelReader
 from conftest import CONVERSATIONS
 from harmony import CONTROL_TOKENS, Encoder, Piece, to_messages, to_pieces
-from test_harmony import openai, tokenizer  # noqa: F401
 from tiny_gpt_oss import conversation_texts, make_tokenizer
 
 THOUGHT = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
@@ -46,7 +45,7 @@ def tiny() -> PreTrainedTokenizerBase:
     return make_tokenizer(conversation_texts(CONVERSATIONS))
 
 
-def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:  # noqa: F811
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
@@ -105,7 +104,7 @@ def test_the_channel_of_every_token(tiny: PreTrainedTokenizerBase) -> None:
 
 
 @pytest.fixture(scope="module")
-def real(tokenizer: PreTrainedTokenizerBase) -> ChannelReader:  # noqa: F811
+def real(tokenizer: PreTrainedTokenizerBase) -> ChannelReader:
     return ChannelReader(tokenizer)
 
 
@@ -119,7 +118,7 @@ def test_what_is_valid_here_is_so_for_openai(
     text: str,
     drop: int,
     insert: tuple[int, str],
-    openai: HarmonyEncoding,  # noqa: F811
+    openai: HarmonyEncoding,
     real: ChannelReader,
 ) -> None:
     """Whole turns, with a token missing, and with one too many, in the real vocabulary."""

@@ -16,17 +16,17 @@ from flags import DataArguments
 from generation import Prompt, eager_attention, generate, make_prompt, shares, until_end
 from harmony import Encoder
 from model import load_model, load_tokenizer, lora_config
-from test_harmony import DATE, openai, reference, tokenizer  # noqa: F401
+from test_harmony import DATE, reference
 from weights import Checkpoint
 
 
 def test_a_prompt_is_what_the_server_sends(
-    openai: HarmonyEncoding,  # noqa: F811
-    tokenizer: PreTrainedTokenizerBase,  # noqa: F811
+    openai: HarmonyEncoding,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     encoder, data_args = Encoder(tokenizer), DataArguments(conversation_start_date=DATE)
     opening = openai.encode("<|start|>assistant", allowed_special="all")
-    for line in CONVERSATIONS.read_text().splitlines()[:40]:
+    for line in CONVERSATIONS.read_text().splitlines()[:20]:
         row = json.loads(line)
         conversation = to_conversation(row)
         prompt = make_prompt(conversation, encoder, data_args)
