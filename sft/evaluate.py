@@ -81,11 +81,24 @@ def evaluate(run: Path, args: EvaluateArguments) -> dict[str, Any]:
         del base
         gc.collect()  # two models need not fit
         model = load(str(artifact), None)
-    after = judge(model)
     evaluation = {
         "model": args.model or trained["model"],
         "dataset": args.dataset or f"{trained['dataset']}, held out",
         "conversations": len(tokens),
+        **compare_answers(before, judge(model), prompts),
+    }
+    (artifact / EVALUATION).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
+    print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
+    if os.environ.get("WANDB_API_KEY"):
+        send_to_wandb(evaluation, run_dir=artifact.parent)
+    return evaluation
+
+
+def compare_answers(
+    before: dict[str, Any], after: dict[str, Any], prompts: list[Prompt]
+) -> dict[str, Any]:
+    """What the Judge found of two models, as evaluation.json has it: pairs of [before, after]."""
+    return {
         "loss": compare(before["scores"], after["scores"]),
         "generated": len(prompts),
         **{name: [before["shares"][name], after["shares"][name]] for name in after["shares"]},
@@ -94,11 +107,6 @@ def evaluate(run: Path, args: EvaluateArguments) -> dict[str, Any]:
             for prompt, old, new in zip(prompts, before["turns"], after["turns"], strict=True)
         ],
     }
-    (artifact / EVALUATION).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
-    print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
-    if os.environ.get("WANDB_API_KEY"):
-        send_to_wandb(evaluation, run_dir=artifact.parent)
-    return evaluation
 
 
 def read_run(artifact: Path) -> dict[str, Any]:
