@@ -38,15 +38,12 @@ def load_datasets(
     if not PartialState().is_local_main_process:
         disable_progress_bars()
     with PartialState().local_main_process_first():
-        config, split = script_args.dataset_config, script_args.dataset_train_split
-        rows = load_conversations(script_args.dataset_name, config=config, split=split)
-        held_out = None
-        if training_args.eval_strategy != "no" and data_args.test_split_size:
-            parts = rows.train_test_split(data_args.test_split_size, seed=training_args.seed)
-            rows, held_out = parts["train"], parts["test"]
-        elif training_args.eval_strategy != "no":
-            split = script_args.dataset_test_split
-            held_out = load_conversations(script_args.dataset_name, config=config, split=split)
+        rows, held_out = load_parts(
+            script_args,
+            eval_strategy=training_args.eval_strategy,
+            test_split_size=data_args.test_split_size,
+            seed=training_args.seed,
+        )
         max_length = training_args.max_length
         tokens = [
             tokenize(part, tokenizer, data_args, max_length=max_length)
@@ -54,6 +51,20 @@ def load_datasets(
             if part is not None
         ]
     return tokens[0], tokens[1] if held_out is not None else None
+
+
+def load_parts(
+    script_args: ScriptArguments, *, eval_strategy: str, test_split_size: float, seed: int
+) -> tuple[Dataset, Dataset | None]:
+    """The conversations to train on, and those held out: a share of them, or a split of its own."""
+    name, config = script_args.dataset_name, script_args.dataset_config
+    rows = load_conversations(name, config=config, split=script_args.dataset_train_split)
+    if eval_strategy == "no":
+        return rows, None
+    if test_split_size:
+        parts = rows.train_test_split(test_split_size, seed=seed)
+        return parts["train"], parts["test"]
+    return rows, load_conversations(name, config=config, split=script_args.dataset_test_split)
 
 
 def load_conversations(text: str, *, config: str | None = None, split: str = "train") -> Dataset:

@@ -62,6 +62,13 @@ def fingerprint(
     }
 
 
+def held_out(script_args: ScriptArguments, training_args: SFTConfig) -> dict[str, Any]:
+    """What, beside the fingerprint, says which conversations were held out."""
+    names = ("dataset_config", "dataset_train_split", "dataset_test_split")
+    strategy = plain(training_args.eval_strategy)
+    return {"eval_strategy": strategy, **{name: getattr(script_args, name) for name in names}}
+
+
 def plain(value: Any) -> Any:
     """As JSON holds it."""
     return value.value if isinstance(value, Enum) else value

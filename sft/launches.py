@@ -31,6 +31,11 @@ def first_date(run_dir: str | Path) -> str:
     return date.fromtimestamp(started[0] if started else time.time()).isoformat()
 
 
+def first_wandb_run(run_dir: str | Path) -> str | None:
+    """The id of the W&B run that the run's first launch with a key began."""
+    return next(filter(None, (launch["wandb_run_id"] for launch in read_launches(run_dir))), None)
+
+
 class LaunchLog(TrainerCallback):
     """Keeps this launch's record, at most a second old; only the first process writes.
 

@@ -1,5 +1,6 @@
 """How fast a run goes: tokens per second per GPU, MFU, peak memory, and the summary at its end."""
 
+import math
 import time
 from typing import Any
 
@@ -60,6 +61,7 @@ class Throughput(TrainerCallback):
         self.peak_flops = peak_flops()
         self.started = self.last_time = time.monotonic()
         self.started_tokens = self.last_tokens = 0
+        self.evaluating = 0.0  # seconds of this launch, in none of its rates
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = self.last_time = time.monotonic()
@@ -81,6 +83,12 @@ class Throughput(TrainerCallback):
         if torch.cuda.is_available():
             logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
 
+    def on_evaluate(
+        self, args: Any, state: TrainerState, control: Any, metrics: dict[str, Any], **kwargs: Any
+    ) -> None:
+        self.last_time += metrics["eval_runtime"]
+        self.evaluating += metrics["eval_runtime"]
+
     def rate(self, num_tokens: int, seconds: float) -> float:
         """Tokens per second per GPU."""
         return num_tokens / seconds / self.num_processes
@@ -95,10 +103,48 @@ class Throughput(TrainerCallback):
             "tokens": num_tokens,
             "minutes": round(seconds / 60, 2),
             "tokens_per_sec_per_gpu": round(
-                self.rate(num_tokens - self.started_tokens, seconds), 1
+                self.rate(num_tokens - self.started_tokens, seconds - self.evaluating), 1
             ),
             "final_loss": round(losses[-1], 4) if losses else None,
+            **evaluations(state),
         }
+
+
+def evaluations(state: TrainerState) -> dict[str, list[float | None]]:
+    """Of the held-out share, [before, after] training: loss, perplexity, token accuracy (0 to 1).
+
+    before is None if no launch of the run evaluated at step 0; nothing if none ever did.
+    """
+    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    if not entries:
+        return {}
+    first, last = entries[0] if entries[0]["step"] == 0 else {}, entries[-1]
+    losses = [entry.get("eval_loss") for entry in (first, last)]
+    accuracies = [entry.get("eval_mean_token_accuracy") for entry in (first, last)]
+    named = {
+        "eval_loss": losses,
+        "eval_perplexity": [None if loss is None else perplexity(loss) for loss in losses],
+        "eval_token_accuracy": accuracies,
+    }
+    return {
+        name: [None if value is None else round(value, 4) for value in values]
+        for name, values in named.items()
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+class EvaluateAtEnd(TrainerCallback):
+    """With --eval_strategy steps, evaluate what is saved at the end, not only every --eval_steps
+    (Trainer itself evaluates at the end of an epoch).
+    """
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if args.eval_strategy == "steps" and state.global_step >= state.max_steps:
+            control.should_evaluate = True
 
 
 def print_summary(summary: dict[str, Any], *, title: str) -> None:
@@ -107,7 +153,12 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in summary.items():
-        table.add_row(
-            name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
-        )
+        table.add_row(name.replace("_", " "), as_text(value))
     Console(width=100).print(table)
+
+
+def as_text(value: Any) -> str:
+    """[before, after] with an arrow; integers with commas."""
+    if isinstance(value, list):
+        return " -> ".join("not evaluated" if part is None else str(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

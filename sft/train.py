@@ -25,12 +25,13 @@ from checkpoint import read_manifest, resume_from
 from data import load_datasets
 from errors import one_line_errors
 from experts import keep_lora_beside_experts
-from fingerprint import check_same_run, fingerprint
+from fingerprint import check_same_run, fingerprint, held_out
 from flags import DataArguments, RunArguments, parse_args
-from launches import LaunchLog, cost, first_date, read_launches
-from metrics import Throughput, flops_per_token, print_summary
+from launches import LaunchLog, cost, first_date, first_wandb_run, read_launches
+from metrics import EvaluateAtEnd, Throughput, flops_per_token, print_summary
 from model import load_model, load_tokenizer, lora_config
 from mxfp4 import leave_to_each_rank
+from plot import LOSS_PLOT, plot_losses
 from preemption import EXIT_STATUS
 from preflight import check_gpus, check_output_dir
 from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished
@@ -43,9 +44,9 @@ def configure_wandb(training_args: SFTConfig) -> None:
     """W&B when a key is given: a run goes on in the W&B run of its first launch."""
     training_args.report_to = ["wandb"] if os.environ.get("WANDB_API_KEY") else []
     task_id = os.environ.get("SKYPILOT_TASK_ID")
-    run_ids = [launch["wandb_run_id"] for launch in read_launches(training_args.output_dir)]
-    run_id = next(filter(None, run_ids), re.sub(r"[^\w-]", "-", task_id) if task_id else None)
-    if run_id:
+    run_id = first_wandb_run(training_args.output_dir)
+    if run_id or task_id:
+        run_id = run_id or re.sub(r"[^\w-]", "-", str(task_id))
         os.environ.setdefault("WANDB_RUN_ID", run_id)
         os.environ.setdefault("WANDB_NAME", f"{training_args.run_name} {run_id}")
         os.environ.setdefault("WANDB_RESUME", "allow")
@@ -94,6 +95,8 @@ def train(
     )
     if checkpoint and not run_args.ignore_fingerprint:
         check_same_run(checkpoint, read_manifest(Path(checkpoint))["fingerprint"], identity)
+    # What the base model scores: to be said once, by the first launch.
+    training_args.eval_on_start = training_args.eval_strategy != "no" and checkpoint is None
     attention = model_args.attn_implementation or choose_attention()
     weights = Checkpoint(model_id, revision=revision)
     dequantize = bool(run_args.dequantize)
@@ -115,6 +118,7 @@ def train(
         peft_config=lora_config(model, model_args),
         callbacks=[
             StopIfFinished(),
+            EvaluateAtEnd(),
             LaunchLog(run_dir, saver, wandb_run_id=os.environ.get("WANDB_RUN_ID")),
             # Before NCCL's own timeout, which names no rank.
             Watchdog(timeout=0.8 * training_args.ddp_timeout, is_excused=lambda: saver.is_waiting),
@@ -151,8 +155,14 @@ def train(
         sys.exit(EXIT_STATUS)
     summary = throughput.summary(trainer.state) | cost(read_launches(run_dir))
     summary["artifact"] = str(artifact)
+    if trainer.is_world_process_zero():
+        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=training_args.run_name)
     save_artifact(
-        trainer.accelerator, trainer.model_wrapped, tokenizer, artifact=artifact, summary=summary
+        trainer.accelerator,
+        trainer.model_wrapped,
+        tokenizer,
+        artifact=artifact,
+        summary=summary | {"run": identity | held_out(script_args, training_args)},
     )
     if trainer.is_world_process_zero():
         print_summary(summary, title=f"{training_args.run_name}: finished")

@@ -12,11 +12,16 @@ import pytest
 # Before the hub's client is imported: tests ask nobody, and do not wait for an answer.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from openai_harmony import HarmonyEncoding, HarmonyEncodingName, load_harmony_encoding
+from transformers import PreTrainedTokenizerBase
+
 from rehearse import kill_node
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
+from vocabulary import fetch_ranks, make_tokenizer
 
 REPO = Path(__file__).resolve().parents[1]
 CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
+VOCABULARY = REPO / ".cache/vocabulary"
 TASK_FILES = sorted(REPO.glob("*.yaml"))
 
 CPU_ENVS = {
@@ -36,6 +41,22 @@ Start = Callable[..., subprocess.Popen[str]]
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt-oss"
     return save_tiny_gpt_oss(folder, conversation_texts(CONVERSATIONS))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Of gpt-oss's real vocabulary; skips where that cannot be had."""
+    try:
+        fetch_ranks(VOCABULARY)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"gpt-oss's vocabulary cannot be had: npm: {error}")
+    return make_tokenizer(VOCABULARY)
+
+
+@pytest.fixture(scope="session")
+def openai(tokenizer: PreTrainedTokenizerBase) -> HarmonyEncoding:
+    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
+    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 @pytest.fixture

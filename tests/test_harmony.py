@@ -1,7 +1,5 @@
 """Rendered conversations equal openai-harmony's, token for token; what is learnt is the model's."""
 
-import os
-import subprocess
 from typing import Any
 
 import pytest
@@ -12,43 +10,23 @@ from openai_harmony import (
     Conversation,
     DeveloperContent,
     HarmonyEncoding,
-    HarmonyEncodingName,
     Message,
     ReasoningEffort,
     RenderConversationConfig,
     Role,
     SystemContent,
     ToolDescription,
-    load_harmony_encoding,
 )
 from transformers import PreTrainedTokenizerBase
 
-from conftest import REPO
 from harmony import Encoder, to_messages, to_pieces
-from vocabulary import fetch_ranks, make_tokenizer
 
 DATE = "2026-01-02"
-VOCABULARY = REPO / ".cache/vocabulary"
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    try:
-        fetch_ranks(VOCABULARY)
-    except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"gpt-oss's vocabulary cannot be had: npm: {error}")
-    return make_tokenizer(VOCABULARY)
 
 
 @pytest.fixture(scope="session")
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return Encoder(tokenizer)
-
-
-@pytest.fixture(scope="session")
-def openai(tokenizer: PreTrainedTokenizerBase) -> HarmonyEncoding:
-    os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
-    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:

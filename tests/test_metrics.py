@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig, GptOssForCausalLM, TrainerState
 
-from metrics import Throughput, flops_per_token
+from metrics import Throughput, as_text, evaluations, flops_per_token
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -59,3 +59,36 @@ def test_throughput_is_tokens_since_the_last_log(monkeypatch: pytest.MonkeyPatch
     summary = throughput.summary(state)
     assert summary["tokens"] == 1480 and summary["final_loss"] == 1.5
     assert summary["tokens_per_sec_per_gpu"] == 12.0
+
+
+def test_an_evaluation_slows_no_rate_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 30.0, 40.0])
+    monkeypatch.setattr("metrics.time.monotonic", lambda: next(clock))
+    throughput = Throughput(1.0, num_processes=1)
+    state = TrainerState(num_input_tokens_seen=0)
+    throughput.on_train_begin(None, state, None)
+    throughput.on_evaluate(None, state, None, {"eval_runtime": 20.0})
+    entry = {"loss": 2.0}
+    state.num_input_tokens_seen = 1000
+    throughput.on_log(None, state, None, entry)
+    assert entry["tokens_per_sec_per_gpu"] == 100.0
+    assert throughput.summary(state)["tokens_per_sec_per_gpu"] == 50.0
+
+
+def test_evaluated_before_and_after() -> None:
+    entries = [
+        {"step": 0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.25},
+        {"step": 2, "loss": 1.5},
+        {"step": 4, "eval_loss": 1.0, "eval_mean_token_accuracy": 0.5},
+    ]
+    state = TrainerState(log_history=entries)
+    assert evaluations(state) == {
+        "eval_loss": [2.0, 1.0],
+        "eval_perplexity": [7.3891, 2.7183],
+        "eval_token_accuracy": [0.25, 0.5],
+    }
+    state.log_history = entries[1:]
+    assert evaluations(state)["eval_loss"] == [None, 1.0]
+    state.log_history = entries[1:2]
+    assert evaluations(state) == {}
+    assert as_text([None, 1.0]) == "not evaluated -> 1.0"

@@ -1,5 +1,7 @@
 """The four task files, unmodified, as SkyPilot reads them."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import sky
 
 REPO = Path(__file__).resolve().parents[2]
 TASK_FILES = {path.stem: path for path in sorted(REPO.glob("*.yaml"))}
+SERVE = REPO / "sft/serve.yaml"
 RESOURCES = {
     "gpt-oss-20b-sft": ({"H100": 8}, 1, None),
     "gpt-oss-120b-sft": ({"H200": 8}, 4, "best"),
@@ -67,8 +70,16 @@ def test_without_a_bucket_the_three_lines_go(name: str) -> None:
 @pytest.mark.parametrize("block", ["setup", "run"])
 @pytest.mark.parametrize("name", RESOURCES)
 def test_bash(name: str, block: str, tmp_path: Path) -> None:
-    script = tmp_path / f"{block}.sh"
-    script.write_text(f"#!/bin/bash\n{getattr(load(name), block)}")
+    check_bash(getattr(load(name), block), tmp_path / f"{block}.sh")
+
+
+@pytest.mark.parametrize("block", ["setup", "run"])
+def test_bash_of_serving(block: str, tmp_path: Path) -> None:
+    check_bash(yaml.safe_load(SERVE.read_text())[block], tmp_path / f"{block}.sh")
+
+
+def check_bash(block: str, script: Path) -> None:
+    script.write_text(f"#!/bin/bash\n{block}")
     subprocess.run(["bash", "-n", script], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     # SC1090, SC1091: the environment it activates is made on the node.
@@ -86,3 +97,60 @@ def test_the_files_read_alike() -> None:
     assert all(list(task["envs"]) == list(tasks[0]["envs"]) for task in tasks)
     launches = {task["run"].split("preflight.py")[1] for task in tasks}
     assert len(launches) == 1
+
+
+def test_what_serving_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPO)
+    config = yaml.safe_load(SERVE.read_text())
+    with pytest.raises(ValueError, match="CHECKPOINT_BUCKET|API_KEY"):
+        sky.Task.from_yaml_config(config)
+    secrets = [("API_KEY", "secret")]
+    task = sky.Task.from_yaml_config(
+        config, env_overrides=[("CHECKPOINT_BUCKET", "my-bucket")], secrets_overrides=secrets
+    )
+    (resources,) = task.resources
+    assert task.name == SERVE.stem and resources.accelerators == {"H100": 1}
+    assert resources.ports == ["8000"] and "--port 8000" in task.run
+    (bucket,) = task.storage_mounts.values()
+    assert bucket.source == "s3://my-bucket" and bucket.mode.value == "MOUNT"
+    assert set(task.secrets) == {"API_KEY", "HF_TOKEN"} and "API_KEY" not in task.envs
+    assert re.search(r" vllm==\d+\.\d+\.\d+$", task.setup, re.M)
+
+
+@pytest.mark.parametrize(
+    ("files", "served_folder", "expected"),
+    [
+        ({"final/adapter_config.json": '{"r": 8}'}, "", "--max-lora-rank 8"),
+        ({"final/adapter_config.json": '{"r": 24}'}, "", "--max-lora-rank 32"),
+        ({"bf16/config.json": "{}"}, "bf16", "/my-run/bf16 --served-model-name my-run"),
+        ({"final/config.json": "{}"}, "", "error: .* holds no adapter"),
+        ({}, "", "error: .* holds neither"),
+    ],
+)
+def test_what_is_served(
+    files: dict[str, str], served_folder: str, expected: str, tmp_path: Path
+) -> None:
+    """The run block, with a vllm that only says what it was called with."""
+    for name, text in files.items():
+        file = tmp_path / "checkpoints/my-run" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    (tmp_path / "bin").mkdir()
+    vllm = tmp_path / "bin/vllm"
+    vllm.write_text('#!/bin/bash\necho "$VLLM_API_KEY: $*"\n')
+    vllm.chmod(0o755)
+    (tmp_path / "bin/activate").touch()
+    (tmp_path / "bin/python").symlink_to(sys.executable)
+    config = yaml.safe_load(SERVE.read_text())
+    script = config["run"].replace("/checkpoints", str(tmp_path / "checkpoints"))
+    script = script.replace("~/vllm-env", str(tmp_path))
+    given = {"RUN_NAME": "my-run", "SERVED_FOLDER": served_folder, "API_KEY": "secret"}
+    envs = {**os.environ, **{k: v or "" for k, v in config["envs"].items()}, **given}
+    envs["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    result = subprocess.run(["bash", "-c", script], env=envs, capture_output=True, text=True)
+    said = result.stdout + result.stderr
+    assert re.search(expected, said), said
+    assert result.returncode == (1 if "error" in expected else 0)
+    if "lora" in expected:
+        base = "secret: serve openai/gpt-oss-20b --enable-lora --lora-modules my-run="
+        assert said.startswith(base + f"{tmp_path}/checkpoints/my-run/final ")

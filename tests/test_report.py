@@ -1,0 +1,65 @@
+"""What a person reads of an evaluation, and what reaches W&B."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from report import print_report, send_to_wandb
+
+EVALUATION: dict[str, Any] = {
+    "loss": {
+        "overall": {
+            "tokens": 1234,
+            "loss": [2.0, 1.5],
+            "perplexity": [7.389, 4.4817],
+            "token_accuracy": [0.5, 0.625],
+        }
+    },
+    "generated": 1,
+    "valid_harmony": [0.0, 1.0],
+    "cut_short": [1.0, 0.0],
+    "analysis_in_language": [None, 1.0],
+    "generations": [
+        {
+            "question": "2+2?",
+            "language": "French",
+            "before": {"text": "[not markup]", "problem": "a message is not closed"},
+            "after": {"text": "<|channel|>final", "problem": None},
+        }
+    ],
+}
+
+
+def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(EVALUATION, title="my run")
+    printed = capsys.readouterr().out
+    for part in (
+        "my run",
+        "1,234",
+        "2.0000 -> 1.5000",
+        "7.389 -> 4.482",
+        "50.0% -> 62.5%",
+        "0% -> 100%",
+        "none -> 100%",
+        "[not markup]",
+        "(a message is not closed)",
+    ):
+        assert part in printed, part
+
+
+def test_it_goes_to_the_runs_own_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    send_to_wandb(EVALUATION, run_dir=tmp_path)
+    assert "not sent" in capsys.readouterr().out and not list(tmp_path.glob("wandb/*"))
+    (tmp_path / "launches").mkdir()
+    for number, run_id in enumerate([None, "my-id"]):
+        (tmp_path / f"launches/{number:04}.json").write_text(json.dumps({"wandb_run_id": run_id}))
+    send_to_wandb(EVALUATION, run_dir=tmp_path)
+    (run,) = tmp_path.glob("wandb/offline-run-*-my-id")
+    logged = (run / "run-my-id.wandb").read_bytes()
+    assert b"token_accuracy" in logged and b"valid_harmony" in logged
