@@ -147,7 +147,11 @@ def train(
     summary = throughput.summary(trainer.state) | cost(read_launches(run_dir))
     summary["artifact"] = str(artifact)
     save_artifact(
-        trainer.accelerator, trainer.model_wrapped, tokenizer, artifact=artifact, summary=summary
+        trainer.accelerator,
+        trainer.model_wrapped,
+        tokenizer,
+        artifact=artifact,
+        summary=summary | {"fingerprint": identity},
     )
     if trainer.is_world_process_zero():
         print_summary(summary, title=f"{training_args.run_name}: finished")
