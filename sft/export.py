@@ -239,6 +239,8 @@ def upload(api: HfApi, args: ExportArguments) -> None:
 if __name__ == "__main__":
     with one_line_errors():
         parser = HfArgumentParser(ExportArguments, description=__doc__.splitlines()[0])
-        parser.add_argument("run", type=Path, help="the run's folder, for example /checkpoints/NAME")
+        parser.add_argument(
+            "run", type=Path, help="the run's folder, for example /checkpoints/NAME"
+        )
         arguments, rest = parser.parse_args_into_dataclasses()
         export(rest.run, arguments)

@@ -103,7 +103,9 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in published.items()
     }
-    configs = [json.loads((f / "config.json").read_text()) for f in (tiny_model, tmp_path / "mxfp4")]
+    configs = [
+        json.loads((f / "config.json").read_text()) for f in (tiny_model, tmp_path / "mxfp4")
+    ]
     assert configs[0] == configs[1]
 
     # The last checkpoint holds what the artifact does.

@@ -17,7 +17,9 @@ def error(weights: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> 
 
 def quantize_under(weights: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Every block (1, N, 32) under this scale: the nearest of all 16 values, one by one."""
-    values = unpack(torch.arange(16, dtype=torch.uint8).view(1, 1, 1, 16), torch.tensor([[[scale]]]))
+    values = unpack(
+        torch.arange(16, dtype=torch.uint8).view(1, 1, 1, 16), torch.tensor([[[scale]]])
+    )
     values = values.flatten()[::2].float()
     codes = (weights.float()[..., None] - values).abs().argmin(-1).to(torch.uint8)
     blocks = codes[..., ::2] | codes[..., 1::2] << 4
