@@ -191,7 +191,7 @@ def limits_of(trained: Trained, lora: LoraConfig | None) -> list[str]:
     assert lora is not None
     experts = [name for name in trained.shapes if ".experts." in name and "lora_A" in name]
     limits = []
-    if experts and not 2 * sum(".base_layer." in name for name in experts) == len(experts):
+    if experts and 2 * sum(".base_layer." in name for name in experts) != len(experts):
         limits.append("vLLM loads LoRA on both expert parameters only: serve this as bf16 or mxfp4")
     if lora.modules_to_save:
         limits.append("vLLM takes no modules_to_save: serve this as bf16 or mxfp4")

@@ -149,7 +149,7 @@ def in_memory(merged: Merged) -> GptOssForCausalLM:
 
 
 def load_artifact(output: Path, base: Checkpoint, *, form: Format) -> Any:
-    """As its users do, by transformers and PEFT. Raises UserError if a weight is not in its place."""
+    """As its users do, by transformers and PEFT. Raises UserError if a weight has no place."""
     source = output if form != "adapter" else base.folder
     if form != "adapter":
         read_names(sorted(set(Checkpoint(str(output)).files.values())))

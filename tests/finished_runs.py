@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from transformers import GptOssForCausalLM
 from trl import ModelConfig
 
 from conftest import CONVERSATIONS
@@ -18,9 +19,7 @@ RANK, ALPHA = 4, 32
 def save_adapter_run(
     run_dir: Path, base: Path, *, std: float = 0.05, **flags: Any
 ) -> dict[str, Any]:
-    """run_dir/final as train.py writes it; its fingerprint. std: of lora_B, whose 0 is no change."""
-    from transformers import GptOssForCausalLM
-
+    """run_dir/final as train.py writes it; its fingerprint. std: of lora_B, 0 changes nothing."""
     config = load_config(str(base))
     del config.quantization_config
     with torch.device("meta"):
