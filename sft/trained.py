@@ -50,7 +50,12 @@ class FinalArtifact(Trained):
     """The safetensors that train.py leaves. Raises UserError if a file of them is not whole."""
 
     def __init__(self, folder: Path, *, run_dir: Path) -> None:
-        summary = json.loads((folder / SUMMARY).read_text())
+        try:
+            summary = json.loads((folder / SUMMARY).read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{folder / SUMMARY} is torn: is the run writing it just now?"
+            ) from error
         identity = summary.get("fingerprint") or newest_fingerprint(run_dir)
         super().__init__(folder, step=summary.get("steps"), fingerprint=identity)
         if self.is_adapter:
@@ -155,6 +160,7 @@ def find_trained(run_dir: Path, *, origin: str | None = None, check: bool = True
                 raise UserError(f"{folder}: {damage}; delete it to export the one before")
             return SavedCheckpoint(folder)
         if problem is not None:
+            print(f"checkpoint {folder} is skipped: {problem}", flush=True)
             problems.append(f"{folder.name}: {problem}")
     if origin is not None:
         raise UserError(

@@ -129,9 +129,9 @@ def test_memory_for_one_stack(form: str, tmp_path: Path) -> None:
 
 
 def save_wide_base(folder: Path) -> None:
-    """gpt-oss with stacks of 48 MiB, so that what else a process holds does not matter."""
+    """gpt-oss with stacks of 24 MiB, so that what else a process holds does not matter."""
     from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
 
     texts = conversation_texts(REPO / "tests/rehearsal/conversations.jsonl")[:20]
     sizes = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 768}
-    save_tiny_gpt_oss(folder, texts, num_local_experts=32, **sizes)
+    save_tiny_gpt_oss(folder, texts, num_local_experts=16, **sizes)
