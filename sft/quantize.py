@@ -58,7 +58,7 @@ def encode(weights: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor
     """
     scales = torch.ldexp(torch.ones(exponents.shape), exponents)[..., None]
     magnitudes = weights.abs()
-    codes = torch.bucketize(magnitudes / scales, BOUNDARIES, out_int32=True)
+    codes = torch.bucketize((magnitudes / scales).contiguous(), BOUNDARIES, out_int32=True)
     errors = (POSITIVE[codes] * scales - magnitudes).square_().sum(-1, dtype=torch.float64)
     return codes.to(torch.uint8) | weights.signbit().to(torch.uint8) << 3, errors
 
