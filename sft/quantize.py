@@ -37,13 +37,11 @@ def quantize_blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise UserError("a weight is infinite or NaN: the run has diverged, take one before it")
     # 4 and 6 have an exponent of 2, frexp's is one more.
     exponents = torch.where(maxima > 0, torch.frexp(maxima).exponent - 3, -BIAS)
-    best_codes = best_scales = least = None
-    for shift in (0, 1, -1):
+    best_scales = exponents.clamp(-BIAS, LARGEST_SCALE - BIAS)
+    best_codes, least = encode(weights, best_scales)
+    for shift in (1, -1):
         scales = (exponents + shift).clamp(-BIAS, LARGEST_SCALE - BIAS)
         codes, errors = encode(weights, scales)
-        if least is None:
-            best_codes, best_scales, least = codes, scales, errors
-            continue
         better = errors < least
         least = torch.where(better, errors, least)
         best_scales = torch.where(better, scales, best_scales)

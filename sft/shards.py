@@ -92,7 +92,7 @@ def write_weights(
             if is_done:
                 progress.advance(task, size)
                 continue
-            tensors = {}
+            tensors: dict[str, torch.Tensor] = {}
             for name in names:
                 tensors |= stored_tensors(merged, name, form=form)
                 progress.advance(task, num_bytes(merged, name, form=form))

@@ -130,7 +130,7 @@ def newest_fingerprint(run_dir: Path) -> dict[str, Any]:
 
 def read_names(files: list[Path]) -> dict[str, Path]:
     """Every tensor and its file. Raises UserError for a file that is missing or cut off."""
-    found = {}
+    found: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -24,9 +24,7 @@ NOISE_KL = 1e-4  # kernels differ by less; the weights themselves tell of what i
 KEPT = 0.01  # of what a stack of experts has learnt; less is nothing
 
 
-def compare(
-    output: Path, merged: Merged, rows: Rows, *, form: Format
-) -> dict[str, float | int | None]:
+def compare(output: Path, merged: Merged, rows: Rows, *, form: Format) -> dict[str, Any]:
     """Load every model in turn, none beside another. Raises UserError if what was trained is gone.
 
     rows: input_ids and labels. effect_kl: of the base; what training did, to compare with.
@@ -35,7 +33,7 @@ def compare(
     references = reference_logits(merged, rows)
     trained = references["trained"]
     exported = run(load_artifact(output, merged.base, form=form), rows)
-    result = difference(trained, exported, rows) | {
+    result: dict[str, Any] = difference(trained, exported, rows) | {
         "loss_trained": loss(trained, rows),
         "loss_base": loss(references["base"], rows),
         "effect_kl": divergence(trained, references["base"]),
@@ -145,7 +143,7 @@ def in_memory(merged: Merged) -> GptOssForCausalLM:
         del config.quantization_config
     with torch.device("meta"):
         model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
-    fill(model, merged, device=PartialState().device, dequantize=True)
+    fill(model, cast(Checkpoint, merged), device=PartialState().device, dequantize=True)
     return model
 
 

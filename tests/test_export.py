@@ -20,7 +20,7 @@ FORMATS = ("adapter", "bf16", "mxfp4")
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in folder.glob("model*.safetensors"):
         tensors |= load_file(file)
     return tensors

@@ -97,7 +97,8 @@ def small_shards(*args: Any, **flags: Any) -> None:
 def test_an_interrupted_export_goes_on(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, written = tmp_path / "out", []
+    output = tmp_path / "out"
+    written: list[Path] = []
     monkeypatch.setattr(export_module, "write_weights", small_shards)
 
     def dies_at_the_third(tensors: Any, file: Path, **kwargs: Any) -> None:
