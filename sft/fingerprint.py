@@ -31,7 +31,15 @@ TRAINING = (
     "max_grad_norm",
     "optim",
 )
-LORA = ("use_peft", "lora_r", "lora_alpha", "use_rslora", "lora_target_modules")
+LORA = (
+    "use_peft",
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "lora_target_modules",
+    "lora_target_parameters",
+    "lora_modules_to_save",
+)
 EDGE = 2**20
 
 

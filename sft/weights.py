@@ -24,6 +24,7 @@ class Checkpoint:
     def __init__(self, model_id: str, *, revision: str = "main") -> None:
         self.model_id, self.revision = model_id, revision
         folder = Path(model_id) if Path(model_id).is_dir() else download(model_id, revision)
+        self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
             files = json.loads(index.read_text())["weight_map"]
@@ -39,6 +40,11 @@ class Checkpoint:
     def is_packed(self, name: str) -> bool:
         """Whether a stack of experts is stored as MXFP4 blocks and scales."""
         return f"{name}_blocks" in self.files
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a stored tensor."""
+        with safe_open(self.files[name], "pt") as file:
+            return torch.Size(file.get_slice(name).get_shape())
 
     def rows(
         self, name: str, *, device: torch.device, start: int = 0, stop: int | None = None

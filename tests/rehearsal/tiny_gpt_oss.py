@@ -53,16 +53,19 @@ def make_tokenizer(texts: list[str], *, vocab_size: int = 2048) -> PreTrainedTok
     return fast
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> GptOssConfig:
+def tiny_config(tokenizer: PreTrainedTokenizerFast, **sizes: int) -> GptOssConfig:
     """gpt-oss's architecture in small: both kinds of layers, more experts than a token visits."""
+    tiny = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+    }
     return GptOssConfig(
-        num_hidden_layers=2,
-        hidden_size=64,
-        intermediate_size=64,
+        **(tiny | sizes),
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        num_local_experts=4,
         num_experts_per_tok=2,
         sliding_window=32,
         vocab_size=len(tokenizer),
@@ -86,11 +89,14 @@ def random_mxfp4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks, scales
 
 
-def save_tiny_gpt_oss(folder: Path, texts: list[str], *, seed: int = 0) -> Path:
-    """Write config, tokenizer and MXFP4 weights to folder, in the published checkpoint's layout."""
+def save_tiny_gpt_oss(folder: Path, texts: list[str], *, seed: int = 0, **sizes: int) -> Path:
+    """Write config, tokenizer and MXFP4 weights to folder, in the published checkpoint's layout.
+
+    sizes: of the model, other than the tiny one's, as GptOssConfig names them.
+    """
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(texts)
-    config = tiny_config(tokenizer)
+    config = tiny_config(tokenizer, **sizes)
     model = GptOssForCausalLM(config).to(torch.bfloat16)
     tensors: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():

@@ -1,0 +1,62 @@
+"""The tokens that an export is compared on: held out by the run, else the first of its dataset."""
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import fields
+
+from trl import ScriptArguments
+
+from data import load_parts, render_all
+from divergence import Rows
+from errors import UserError
+from flags import DataArguments
+from model import load_tokenizer
+from trained import Trained
+from weights import Checkpoint
+
+MAX_TOKENS = 512  # of a conversation
+BUILT_IN = [
+    {"role": "user", "content": "Why is the sky blue?"},
+    {
+        "role": "assistant",
+        "thinking": "The user asks about Rayleigh scattering. A short answer will do.",
+        "content": "Air scatters blue light, whose waves are short, far more than red light. "
+        "Looking up, we see that scattered light from every direction.",
+    },
+]
+
+
+def conversations_of_run(
+    trained: Trained, base: Checkpoint, *, num_examples: int
+) -> tuple[Rows, str]:
+    """input_ids and labels of the conversations, and what they are."""
+    from datasets import Dataset
+
+    identity = trained.fingerprint
+    names = {field.name for field in fields(DataArguments)}
+    data_args = DataArguments(**{name: identity[name] for name in names & identity.keys()})
+    tokenizer = load_tokenizer(base.model_id, revision=base.revision)
+    with redirect_stdout(sys.stderr):
+        try:
+            script_args = ScriptArguments(dataset_name=identity["dataset"])
+            for name in vars(script_args).keys() & identity.keys():
+                setattr(script_args, name, identity[name])
+            rows, held_out = load_parts(
+                script_args,
+                eval_strategy=identity.get("eval_strategy", "no"),
+                test_split_size=data_args.test_split_size,
+                seed=identity["seed"],
+            )
+            rows, what = (
+                (rows, "training data") if held_out is None else (held_out, "held-out data")
+            )
+            said = f"the first {min(num_examples, len(rows))} conversations of the {what}"
+        except UserError as error:
+            print(f"a built-in conversation is compared on, for {error}")
+            conversation = json.dumps({"messages": BUILT_IN})
+            rows = Dataset.from_dict({"conversation": [conversation], "shape": ["messages"]})
+            said = "a built-in conversation, for the run's dataset cannot be read here"
+        rows = rows.select(range(min(num_examples, len(rows))))
+        tokens = render_all(rows, tokenizer, data_args, cut_at=MAX_TOKENS)
+    return [{name: row[name] for name in ("input_ids", "labels")} for row in tokens], said
