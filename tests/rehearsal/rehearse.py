@@ -13,6 +13,7 @@ import ast
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -96,6 +97,13 @@ def mounts(work: Path) -> dict[str, Path]:
         "/checkpoints": work / "checkpoints",
         "~/sft-env": Path(sys.prefix),
     }
+
+
+def free_port() -> int:
+    """For the ranks to meet: this machine may use the task file's for something else."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def launch(script: str, envs: list[dict[str, str]], *, log: Path) -> Iterator[tuple[str, Attempt]]:
@@ -215,7 +223,7 @@ def rehearse(task_file: Path, *, dataset: str) -> None:
     run_dir = work / "checkpoints" / task["envs"]["RUN_NAME"]
     base = save_tiny_gpt_oss(work / "tiny-gpt-oss", conversation_texts(CONVERSATIONS))
     envs = node_envs(task, work, dataset=dataset, model=base)
-    script = map_mounts(task["run"], mounts(work))
+    script = map_mounts(task["run"], mounts(work)).replace("29500", str(free_port()))
 
     console.rule(f"{task_file.name}: {len(envs)} node(s), {NUM_PROCESSES} processes, tiny model")
     first = run(script, envs, log=work / "launch-1.log", kill_at=run_dir)

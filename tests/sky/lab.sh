@@ -50,7 +50,7 @@ check_host() {
   local port
   for port in "${PORTS[@]}"; do
     ! (: < "/dev/tcp/127.0.0.1/$port") 2> /dev/null ||
-      die "port $port is taken: by SkyPilot (sky api stop), a rehearsal or another lab?"
+      die "port $port is taken: by SkyPilot (sky api stop), a recipe or another lab?"
   done
 }
 
