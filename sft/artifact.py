@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ARTIFACT = "final"
 SUMMARY = "summary.json"
+EVALUATION = "evaluation.json"
+LOSS_PLOT = "loss.png"
 
 
 def save_artifact(

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from artifact import ARTIFACT
+from artifact import ARTIFACT, EVALUATION, LOSS_PLOT
+from metrics import as_text
 from trained import Trained
 
-EVALUATION, PLOT = "evaluation.json", "loss.png"  # beside a finished run's weights, if it has them
 LOADING = {
     "adapter": """base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
 model = PeftModel.from_pretrained(base, "{name}")""",
@@ -107,18 +107,36 @@ def training(trained: Trained) -> dict[str, Any]:
 
 
 def evaluation(source: Path, output: Path) -> str:
-    """What a finished run has measured of itself, and its plot, copied beside the card."""
-    text = ""
+    """What evaluate.py has measured, base -> trained, and the run's plot, copied beside the card.
+
+    Figures alone: the conversations are the user's, and a card is read by others.
+    """
+    parts = []
     if (source / EVALUATION).is_file():
         measured = json.loads((source / EVALUATION).read_text())
-        flat = isinstance(measured, dict) and not any(
-            isinstance(value, dict | list) for value in measured.values()
-        )
-        text += table(measured) if flat else f"```json\n{json.dumps(measured, indent=2)}\n```"
-    if (source / PLOT).is_file():
-        shutil.copyfile(source / PLOT, output / PLOT)
-        text += f"\n\n![training and evaluation loss]({PLOT})"
-    return f"## Evaluation\n\n{text.strip()}" if text else ""
+        columns = ("tokens", "loss", "perplexity", "token_accuracy")
+        lines = ["| | " + " | ".join(columns).replace("_", " ") + " |", "|---" * 5 + "|"]
+        for channel, figures in measured["loss"].items():
+            values = " | ".join(as_text(rounded(figures[name])) for name in columns)
+            lines.append(f"| {channel} | {values} |")
+        parts.append("\n".join(lines))
+        shares = {
+            name.replace("_", " "): as_text(rounded(pair))
+            for name, pair in measured.items()
+            if isinstance(pair, list) and name != "generations"
+        }
+        parts.append(f"Of {measured['generated']} answers, base -> trained:\n\n{table(shares)}")
+    if (source / LOSS_PLOT).is_file():
+        shutil.copyfile(source / LOSS_PLOT, output / LOSS_PLOT)
+        parts.append(f"![training and evaluation loss]({LOSS_PLOT})")
+    return "\n\n".join(["## Evaluation", *parts]) if parts else ""
+
+
+def rounded(value: Any) -> Any:
+    """Floats, also those of a pair, to four digits."""
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def fidelity_section(record: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerB
 from trl import ScriptArguments
 from trl.trainer.utils import add_fused_lm_head
 
-from artifact import ARTIFACT, SUMMARY
+from artifact import ARTIFACT, EVALUATION, SUMMARY
 from attention import choose_attention
 from channels import ChannelReader
 from data import load_conversations, load_parts, tokenize
@@ -35,8 +35,6 @@ from model import load_model, load_tokenizer
 from report import print_report, send_to_wandb
 from scoring import compare, score
 from weights import Checkpoint
-
-EVALUATION = "evaluation.json"
 
 
 @dataclass

@@ -10,8 +10,6 @@ matplotlib.use("Agg")  # a node has no display
 from matplotlib import pyplot
 from matplotlib.ticker import MaxNLocator
 
-LOSS_PLOT = "loss.png"
-
 
 def plot_losses(log_history: list[dict[str, Any]], file: Path, *, title: str | None) -> None:
     """Draw training and evaluation loss over optimizer steps; file: a .png, its folder is made.

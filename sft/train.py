@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 
-from artifact import ARTIFACT, is_finished, save_artifact
+from artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
 from attention import choose_attention
 from checkpoint import read_manifest, resume_from
 from data import load_datasets
@@ -31,7 +31,7 @@ from launches import LaunchLog, cost, first_date, first_wandb_run, read_launches
 from metrics import EvaluateAtEnd, Throughput, flops_per_token, print_summary
 from model import load_model, load_tokenizer, lora_config
 from mxfp4 import leave_to_each_rank
-from plot import LOSS_PLOT, plot_losses
+from plot import plot_losses
 from preemption import EXIT_STATUS
 from preflight import check_gpus, check_output_dir
 from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM, Mxfp4Config
 
 from conftest import Launch, Start
 from export import ExportArguments, export
 from mxfp4 import unpack
 from quantize import quantize
+from test_report import EVALUATION
 from test_survival import LORA, await_event
 
 FORMATS = ("adapter", "bf16", "mxfp4")
@@ -83,7 +86,7 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
     result = launch(*LORA)
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "run"
-    (run_dir / "final/evaluation.json").write_text('{"after": {"loss": 1.25}}')
+    (run_dir / "final/evaluation.json").write_text(json.dumps(EVALUATION))
     (run_dir / "final/loss.png").write_bytes(b"PNG")
     records = {form: export_as(form, run_dir, tmp_path) for form in FORMATS}
     check_all_load(run_dir, tmp_path, tiny_model, FORMATS)
@@ -95,7 +98,8 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
     assert "re-quantisation costs" in records["mxfp4"]["hints"][0]
 
     card = (tmp_path / "bf16/README.md").read_text()
-    assert '"loss": 1.25' in card and "(loss.png)" in card
+    assert "| overall | 1,234 | 2.0 -> 1.5 | 7.389 -> 4.4817 |" in card and "(loss.png)" in card
+    assert not any(row["question"] in card for row in EVALUATION["generations"])
     assert (tmp_path / "bf16/loss.png").read_bytes() == b"PNG"
     assert (tmp_path / "bf16/generation_config.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "bf16/config.json").read_text())
@@ -107,6 +111,18 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
         json.loads((f / "config.json").read_text()) for f in (tiny_model, tmp_path / "mxfp4")
     ]
     assert configs[0] == configs[1]
+
+    # A checkpoint holds the adapter and its optimizer's two states, in fp32, not the base.
+    checkpoint = run_dir / "checkpoint-4"
+    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
+    stored = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+    adapter = sum(
+        t.numel() for t in load_file(run_dir / "final/adapter_model.safetensors").values()
+    )
+    assert all("lora_" in name for name in stored)
+    counted = sum(entry.size.numel() for name, entry in stored.items() if name.startswith("model."))
+    assert counted == adapter
+    assert sum(file.stat().st_size for file in checkpoint.glob("*.distcp")) < 4 * 3 * adapter * 1.5
 
     # The last checkpoint holds what the artifact does.
     shutil.rmtree(run_dir / "final")

@@ -13,6 +13,11 @@ def test_router_aux_loss_is_off_unless_asked_for() -> None:
     assert parse_args([*BASE, "--router_aux_loss_coef=0.01"])[1].router_aux_loss_coef == 0.01
 
 
+def test_only_what_is_trained_is_unpacked() -> None:
+    assert parse_args(BASE)[4].dequantize
+    assert not parse_args([*BASE, "--use_peft=true", "--lora_dropout=0"])[4].dequantize
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -20,6 +25,7 @@ def test_router_aux_loss_is_off_unless_asked_for() -> None:
         ([*BASE, "--lora_r=8"], "--lora_r is for LoRA"),
         ([*BASE, "--use_peft=true", "--lora_dropout=0.1"], "--lora_dropout must be 0"),
         ([*BASE, "--use_peft=true", "--lora_dropout=0", "--load_in_4bit=true"], "load_in_4bit"),
+        ([*BASE, "--dequantize=false"], "--dequantize false keeps experts in MXFP4"),
         (["--use_cpu=true", "--dataset_name=d", "--output_dir=o"], "no model"),
         (["--use_cpu=true", "--model_name_or_path=m", "--output_dir=o"], "no dataset"),
     ],

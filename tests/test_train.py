@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM
@@ -43,6 +44,20 @@ def test_full_run_is_sharded_and_done_once(launch: Launch, tmp_path: Path) -> No
     assert again.returncode == 0, again.stderr
     assert "this run had finished at step 4" in again.stdout
     assert losses(again.stdout) == []
+
+
+def test_lora_beside_a_sharded_bf16_base(launch: Launch, tmp_path: Path) -> None:
+    flags = ("fsdp2_lora.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0")
+    refused = launch(*flags)
+    assert refused.returncode != 0
+    assert "error: an MXFP4 base is not sharded" in refused.stderr
+    assert "--dequantize true" in refused.stderr
+
+    result = launch(*flags, "--dequantize=true", "--learning_rate=3e-2")
+    assert result.returncode == 0, result.stderr
+    assert losses(result.stdout)[-1] < losses(result.stdout)[0]
+    adapter = load_file(tmp_path / "run/final/adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
 
 
 def test_zero3_with_offload_is_an_alternative(launch: Launch, tmp_path: Path) -> None:
