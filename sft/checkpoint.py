@@ -31,7 +31,8 @@ def step_of(folder: Path) -> int:
 def checkpoints(run_dir: str | Path) -> list[Path]:
     """Every checkpoint folder, whole or not, the newest step first (clocks are not asked)."""
     folders = Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return sorted(folders, key=step_of, reverse=True)
+    numbered = [folder for folder in folders if folder.name.split("-")[-1].isdecimal()]
+    return sorted(numbered, key=step_of, reverse=True)
 
 
 def files_of(folder: Path, *, rank: int) -> list[Path]:
@@ -56,14 +57,21 @@ def sha256(file: Path) -> str:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
     """The last file of a checkpoint. No rename: on a mounted bucket that is a copy."""
-    path = folder / MANIFEST
-    path.write_text(json.dumps(manifest | {"step": step_of(folder)}, indent=2))
+    path, manifest = folder / MANIFEST, manifest | {"step": step_of(folder)}
+    path.write_text(json.dumps(manifest | {"sha256": sha256_of(manifest)}, indent=2))
     return path
+
+
+def sha256_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Raises OSError or ValueError if there is no whole one."""
-    return json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != sha256_of(manifest):
+        raise ValueError(f"{folder / MANIFEST} is not what was written")
+    return manifest
 
 
 def find_problem(folder: Path) -> str | None:
@@ -73,7 +81,7 @@ def find_problem(folder: Path) -> str | None:
     except OSError:
         return "it has no manifest.json: its saving, or its upload, did not come to an end"
     except ValueError:
-        return "its manifest.json is torn"
+        return "its manifest.json is torn, or not what was written"
     for name, entry in manifest["files"].items():
         try:
             size = (folder / name).stat().st_size

@@ -1,11 +1,15 @@
 """Errors a user can act on: one line that says what was wrong, where, and what to do."""
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from accelerate import PartialState
+from safetensors import SafetensorError
+from torch.distributed import DistError, is_initialized
+from torch.distributed.distributed_c10d import _get_default_store
 
 
 class UserError(Exception):
@@ -23,11 +27,25 @@ def one_line_errors() -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         fail(f"no space left writing {error.filename or 'a file'}: free some, or raise disk_size")
+    except SafetensorError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        fail("no space left writing the weights: free some, or raise disk_size")
 
 
 def fail(message: str) -> None:
     """Print `error: message`, its further lines indented, once, and exit with status 1."""
-    if PartialState().is_main_process:
+    if is_first_to_fail():
         lines = [" ".join(line.split()) for line in message.splitlines()]
         print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def is_first_to_fail() -> bool:
+    """Of all ranks, whether they fail together or one alone."""
+    if PartialState().num_processes == 1 or not is_initialized():
+        return PartialState().is_main_process
+    try:
+        return _get_default_store().add("failed", 1) == 1
+    except DistError:  # the store's host has ended
+        return True

@@ -30,6 +30,15 @@ TRAINING = (
     "weight_decay",
     "max_grad_norm",
     "optim",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "bf16",
+    "loss_type",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "router_aux_loss_coef",
+    "shuffle_dataset",
 )
 LORA = (
     "use_peft",

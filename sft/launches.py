@@ -3,12 +3,13 @@
 import json
 import time
 from contextlib import suppress
-from datetime import date
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from checkpoint import checkpoints, find_problem, read_manifest
 from saver import Saver
 
 FOLDER = "launches"
@@ -26,9 +27,15 @@ def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def first_date(run_dir: str | Path) -> str:
-    """The day of the run's first launch, as YYYY-MM-DD: today's if this is the first."""
+    """The date that the run's conversations are rendered with, as YYYY-MM-DD: that of its newest
+    whole checkpoint, else the day of its first launch (UTC), today's if this is the first.
+    """
+    whole = (folder for folder in checkpoints(run_dir) if find_problem(folder) is None)
+    newest = next(whole, None)
+    if newest is not None:
+        return read_manifest(newest)["fingerprint"]["conversation_start_date"]
     started = [launch["started"] for launch in read_launches(run_dir)]
-    return date.fromtimestamp(started[0] if started else time.time()).isoformat()
+    return datetime.fromtimestamp(started[0] if started else time.time(), UTC).date().isoformat()
 
 
 def first_wandb_run(run_dir: str | Path) -> str | None:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,8 +63,10 @@ class Saver(TrainerCallback):
         )
         distributed = dist.is_available() and dist.is_initialized()
         # Two groups of their own, on CPU: DCP's collectives run in a thread, at any time.
-        self.step_group = dist.new_group(backend="gloo") if distributed else None
-        self.dcp_group = dist.new_group(backend="gloo") if distributed else None
+        # An upload may take longer than a collective of training; a hung rank is the watchdog's.
+        patience = timedelta(days=1)
+        self.step_group = dist.new_group(backend="gloo", timeout=patience) if distributed else None
+        self.dcp_group = dist.new_group(backend="gloo", timeout=patience) if distributed else None
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -61,11 +61,12 @@ def test_the_newest_by_step_not_by_name_or_clock(tmp_path: Path) -> None:
     [
         (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda folder: os.truncate(folder / MANIFEST, 100), "its manifest.json is torn"),
+        (lambda folder: flip_a_bit(folder / MANIFEST), "its manifest.json is torn"),
         (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
         (lambda folder: os.truncate(folder / ".metadata", 999), ".metadata has 999 bytes"),
         (lambda folder: flip_a_bit(folder / "__0_0.distcp"), "__0_0.distcp is not what was"),
     ],
-    ids=["no manifest", "torn manifest", "missing", "truncated", "bit flipped"],
+    ids=["no manifest", "torn", "manifest's bit flipped", "missing", "truncated", "bit flipped"],
 )
 def test_damaged_checkpoints_are_skipped_and_named(
     damage: Callable[[Path], None],
@@ -74,6 +75,7 @@ def test_damaged_checkpoints_are_skipped_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     good, bad = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
+    (tmp_path / "checkpoint-old").mkdir()  # somebody's copy
     assert find_problem(bad) is None and find_damage(bad) is None
     damage(bad)
     assert resume_from("true", str(tmp_path)) == str(good)

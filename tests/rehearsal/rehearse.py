@@ -201,9 +201,8 @@ def compare(artifact: Path, base: Path) -> tuple[float, str]:
         if (artifact / "adapter_config.json").exists():
             model = PeftModel.from_pretrained(base_model, artifact)
         else:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                artifact, dtype=torch.bfloat16, output_loading_info=True
-            )
+            model, report = AutoModelForCausalLM.from_pretrained(artifact, output_loading_info=True)
+            assert model.dtype == torch.bfloat16, f"the artifact loads as {model.dtype}"
             assert not report["missing_keys"], f"the artifact lacks {report['missing_keys']}"
             assert not report["unexpected_keys"], f"unknown weights: {report['unexpected_keys']}"
         after = model(**prompt).logits.float()

@@ -21,7 +21,7 @@ from test_launch import BUCKET, KEY, history, launch, run, scaled_down, stored
 
 LAST_FILE = "manifest.json"  # of a checkpoint: with it the checkpoint is whole
 S3_PORT = "46655"
-SECONDS = 300  # a recovery and the rest of the training take about 90
+SECONDS = 900  # a recovery and the rest of the training take about 90 on an idle machine
 
 pytestmark = test_launch.pytestmark
 model = test_launch.model

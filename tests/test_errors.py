@@ -1,0 +1,43 @@
+"""One line for what a user can mend, from whichever rank meets it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import CPU_ENVS, REPO
+
+SCRIPT = """
+import sys
+from accelerate import PartialState
+from errors import UserError, one_line_errors
+state = PartialState(cpu=True)
+with one_line_errors():
+    if sys.argv[1] in ("all", str(state.process_index)):
+        raise UserError("the disk is gone")
+    state.wait_for_everyone()
+"""
+
+
+@pytest.mark.parametrize("ranks", ["all", "0", "1"])
+def test_it_is_said_once(ranks: str, tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(SCRIPT)
+    command = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        f"--config_file={REPO / 'sft/ddp.yaml'}",
+        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
+        *(str(script), ranks),
+    ]
+    paths = os.pathsep.join((CPU_ENVS["PYTHONPATH"], str(REPO / "sft")))
+    result = subprocess.run(
+        command,
+        env=os.environ | CPU_ENVS | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: the disk is gone") == 1
