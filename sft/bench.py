@@ -71,7 +71,7 @@ def measure(args: BenchArguments, path: str) -> dict[str, Any]:
         sharded = ", FSDP2" if isinstance(trained, DTensor) else ""
         parts = time_parts(trainer)
         if args.trace:
-            trace(trainer, Path(args.trace) / f"{label(args, path)}.json")
+            trace(trainer, Path(args.trace) / f"{label(path, *args.num_layers)}.json")
     rate = median(n / s for n, s in zip(windows.tokens, windows.seconds, strict=True))
     times = {
         "seconds_per_step": median(windows.seconds) / args.steps_per_window,
@@ -80,7 +80,7 @@ def measure(args: BenchArguments, path: str) -> dict[str, Any]:
         "saving": saving,
     }
     return {
-        "path": label(args, path),
+        "path": label(path, *args.num_layers),
         "num_layers": config.num_hidden_layers,
         "tokens_per_step": median(windows.tokens) / args.steps_per_window,
         "tokens_per_sec": round(rate, 1),
@@ -92,8 +92,8 @@ def measure(args: BenchArguments, path: str) -> dict[str, Any]:
     }
 
 
-def label(args: BenchArguments, path: str) -> str:
-    return f"{path}, {args.num_layers[0]} layers" if args.num_layers else path
+def label(path: str, *num_layers: int | None) -> str:
+    return f"{path}, {num_layers[0]}-layer slice" if num_layers and num_layers[0] else path
 
 
 def mfu(tokens_per_sec: float, config: Any, *, lora: bool) -> float | None:
@@ -138,8 +138,7 @@ def measure_apart(path: str, num_layers: int | None, *, use_peft: bool) -> dict[
         status = subprocess.run(command, stdout=sys.stderr).returncode
         if output.exists():
             return json.loads(output.read_text())["results"][0]
-    name = path if num_layers is None else f"{path}, {num_layers} layers"
-    return {"path": name, "failed": f"exit status {status}"}
+    return {"path": label(path, num_layers), "failed": f"exit status {status}"}
 
 
 def measure_all(args: BenchArguments) -> list[dict[str, Any]]:
@@ -148,13 +147,11 @@ def measure_all(args: BenchArguments) -> list[dict[str, Any]]:
         try:
             return [measure(args, args.paths[0])]
         except torch.OutOfMemoryError:
-            return [{"path": label(args, args.paths[0]), "failed": "out of memory"}]
+            return [{"path": label(args.paths[0], *args.num_layers), "failed": "out of memory"}]
     results = []
+    counts: list[int | None] = [*args.num_layers] or [None]
     for path in args.paths:
-        measured = [
-            measure_apart(path, num_layers, use_peft=args.use_peft)
-            for num_layers in args.num_layers or [None]
-        ]
+        measured = [measure_apart(path, count, use_peft=args.use_peft) for count in counts]
         results += measured
         if len(measured) == 2:
             results.append(scale(args, path, *measured))
