@@ -2,189 +2,56 @@
 
     python sft/bench.py                                   gpt-oss-20b, LoRA, one GPU
     python sft/bench.py --model 120b --per_device_train_batch_size 1 --paths recipe    80 GB
-    python sft/bench.py --use_peft false --num_layers 4   all weights, as many layers as fit
-    python sft/bench.py --paths recipe no_packing compiled      what one lever is worth; see PATHS
+    python sft/bench.py --use_peft false --num_layers 1 3 --per_device_train_batch_size 1
+                                                          all weights, scaled to all layers
+    python sft/bench.py --paths recipe no_packing compiled      what one lever is worth
     python sft/bench.py --tiny                            small shapes, on CPU too
 
-A path is a SFTTrainer with LoRA r=8 on every linear layer and every expert (--use_peft false: all
-weights) over the same random conversations, in a process of its own:
+A path (bench_paths.PATHS has them all) is a SFTTrainer with LoRA r=8 on every linear layer and
+every expert (--use_peft false: all weights) over the same random conversations, in a process of
+its own:
 
-    recipe    packed to max_length; experts.py, beside LoRA in MXFP4; the attention attention.py
-              chooses, saver.py
-    stock     TRL's defaults: padded batches, PEFT's own LoRA on bf16 experts, eager attention
+    recipe         packed to max_length; experts.py, beside LoRA in MXFP4; the attention that
+                   attention.py chooses; saver.py
+    stock          TRL's defaults: padded batches, PEFT's own LoRA on bf16 experts, eager attention
+    stock_packed   stock, but for TRL's packing: as many tokens a step as the recipe
 
-Widths, vocabulary and routing are gpt-oss's, with random weights; lengths are those of the default
-dataset (synthetic.py). tokens/s counts no padding. MFU is metrics.flops_per_token, of which the
-docstring gives the formula, over the GPU's dense bf16 peak. Windows of some steps are timed after a
-warm-up; the table has their median.
+recipe : stock is what a user gains at the same flags: a batch of the recipe's holds sequences full
+of tokens, of stock's as many conversations. recipe : stock_packed is at equal tokens a step, though
+eager attention lets the conversations of a row see each other, and takes the square of all tokens
+in memory: give it --per_device_train_batch_size 1. A path that fails has its column, empty.
+
+All weights are trained by accelerate with fsdp2.yaml on one GPU: fp32 weights, gradients and AdamW
+states, bf16 computing (16 bytes a parameter: 3 layers of 20b on 80 GB). Of two numbers of layers,
+times are taken as a fixed part and one a layer, and scaled to all layers; two that differ by an
+even number have sliding and full layers in equal parts. What travels between GPUs is not in it:
+roofline.py has that.
+
+Widths, vocabulary and routing are gpt-oss's, with random weights; lengths are lognormal with the
+default dataset's mean (synthetic.py). tokens/s counts no padding. MFU is metrics.flops_per_token,
+of which the docstring gives the formula, over the GPU's dense bf16 peak. Windows of some steps are
+timed after a warm-up; the table has their median.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import GptOssForCausalLM, HfArgumentParser, TrainerCallback
-from trl import ModelConfig, SFTConfig, SFTTrainer
+from torch.distributed.tensor import DTensor
+from transformers import HfArgumentParser
 
-import experts
-from attention import choose_attention, isolate_packed_sequences
+from bench_parts import Windows, now, time_parts, trace
+from bench_paths import PATHS, BenchArguments, is_launched, make_trainer
+from errors import UserError, one_line_errors
 from metrics import flops_per_token, peak_flops
-from model import lora_config
-from resumable import ResumableSFTTrainer
-from saver import Saver
-from synthetic import MEAN_LENGTH, conversations, make_config, make_model, make_tokenizer
+from synthetic import MEAN_LENGTH, make_config
 
-
-@dataclass(frozen=True)
-class Setup:
-    """What a path trains with; the defaults are the recipe's."""
-
-    packing: bool = True
-    dequantize: bool = False  # of LoRA's base
-    attn_implementation: str | None = None  # None: what attention.py chooses
-    experts_implementation: str = experts.NAME
-    lora_beside_experts: bool = True
-    saves_in_background: bool = True
-    flags: dict[str, Any] = field(default_factory=dict)  # of SFTConfig
-
-
-PATHS = {
-    "recipe": Setup(),
-    "stock": Setup(
-        packing=False,
-        dequantize=True,
-        attn_implementation="eager",
-        experts_implementation="grouped_mm",
-        lora_beside_experts=False,
-        saves_in_background=False,
-    ),
-    # The recipe but for one lever.
-    "bf16_base": Setup(dequantize=True),
-    "no_packing": Setup(packing=False),
-    "eager_attention": Setup(attn_implementation="eager"),
-    "flex_attention": Setup(attn_implementation="flex_attention"),
-    "stock_experts": Setup(
-        dequantize=True, experts_implementation="grouped_mm", lora_beside_experts=False
-    ),
-    "stock_expert_lora": Setup(dequantize=True, lora_beside_experts=False),
-    "no_checkpointing": Setup(flags={"activation_checkpointing": False}),
-    "compiled": Setup(flags={"torch_compile": True}),
-}
-
-
-@dataclass
-class BenchArguments:
-    """What to measure, and how long."""
-
-    model: Literal["20b", "120b"] = "20b"
-    num_layers: int | None = field(default=None, metadata={"help": "Fewer than the model has."})
-    use_peft: bool = True
-    max_length: int = 4096
-    per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Packed sequences a step; stock pads as many conversations."}
-    )
-    num_windows: int = 5
-    steps_per_window: int = 4
-    warmup_steps: int = 4
-    tiny: bool = False
-    paths: list[str] = field(default_factory=lambda: ["recipe", "stock"])
-    trace: str | None = field(
-        default=None, metadata={"help": "A folder for the profiler's traces."}
-    )
-    output: str | None = field(default=None, metadata={"help": "A file for the results as JSON."})
-
-
-class Windows(TrainerCallback):
-    """Times windows of steps, and the optimizer's part in them. All in seconds."""
-
-    def __init__(self, args: BenchArguments) -> None:
-        self.args = args
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
-        self.optimizer: list[float] = []
-        self.started, self.started_tokens = 0.0, 0
-
-    def now(self) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = state.global_step - self.args.warmup_steps
-        if done < 0 or done % self.args.steps_per_window:
-            return
-        now, tokens = self.now(), int(state.num_input_tokens_seen)
-        if done:
-            self.seconds.append(now - self.started)
-            self.tokens.append(tokens - self.started_tokens)
-        elif torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self.started, self.started_tokens = self.now(), tokens
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.optimizer_started = self.now()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.optimizer.append(self.now() - self.optimizer_started)
-
-
-def make_trainer(args: BenchArguments, setup: Setup, folder: Path) -> SFTTrainer:
-    config = make_config(args.model, num_layers=args.num_layers, tiny=args.tiny)
-    config._attn_implementation = setup.attn_implementation or choose_attention()
-    config._experts_implementation = setup.experts_implementation
-    model = make_model(config, packed=args.use_peft and not setup.dequantize)
-    if setup.packing:
-        isolate_packed_sequences(model)
-    max_steps = args.warmup_steps + args.num_windows * args.steps_per_window
-    training_args = SFTConfig(
-        **{
-            "output_dir": str(folder),
-            "max_steps": max_steps,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "packing": setup.packing,
-            "max_length": args.max_length,
-            "learning_rate": 1e-6,
-            "router_aux_loss_coef": 0.0,
-            "activation_checkpointing": True,
-            "include_num_input_tokens_seen": "non_padding",
-            "use_cpu": not torch.cuda.is_available(),
-            "logging_steps": 1000,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
-            "bf16": True,
-            **setup.flags,
-        }
-    )
-    kwargs: dict[str, Any] = {
-        "model": model,
-        "args": training_args,
-        # Without packing a row is a conversation, and some are left.
-        "train_dataset": conversations(
-            (max_steps + 1) * args.per_device_train_batch_size * args.max_length,
-            max_length=args.max_length,
-            vocab_size=config.vocab_size,
-        ),
-        "processing_class": make_tokenizer(),
-        "peft_config": lora_config(
-            model, ModelConfig(use_peft=args.use_peft, lora_r=8, lora_alpha=16, lora_dropout=0.0)
-        ),
-    }
-    if setup.saves_in_background:
-        saver = Saver(folder, every_minutes=1e6, keep=None, manifest={})
-        trainer = ResumableSFTTrainer(**kwargs, saver=saver)
-    else:
-        trainer = SFTTrainer(**kwargs)
-    if setup.lora_beside_experts:
-        experts.keep_lora_beside_experts(trainer.model)
-    return trainer
+TIMES = ("seconds_per_step", "attention", "experts", "loss", "optimizer", "saving")
 
 
 def measure(args: BenchArguments, path: str) -> dict[str, Any]:
@@ -195,98 +62,145 @@ def measure(args: BenchArguments, path: str) -> dict[str, Any]:
         trainer.add_callback(windows)
         trainer.train()
         peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        started = windows.now()
+        started = now()
         trainer._save_checkpoint(trainer.model, None)
-        saving = windows.now() - started
-        parts = time_parts(args, trainer.model)
+        saving = now() - started
+        if hasattr(trainer, "saver"):
+            trainer.saver.finish()  # so that it disturbs no other part
+        trained = next(p for p in trainer.model.parameters() if p.requires_grad)
+        sharded = ", FSDP2" if isinstance(trained, DTensor) else ""
+        parts = time_parts(trainer)
         if args.trace:
-            trace(trainer, Path(args.trace) / f"{path}.json")
+            trace(trainer, Path(args.trace) / f"{label(path, *args.num_layers)}.json")
     rate = median(n / s for n, s in zip(windows.tokens, windows.seconds, strict=True))
-    step = median(windows.seconds) / args.steps_per_window
-    flops = flops_per_token(config, context=MEAN_LENGTH, lora=args.use_peft)
-    optimizer = median(windows.optimizer[args.warmup_steps :])
+    times = {
+        "seconds_per_step": median(windows.seconds) / args.steps_per_window,
+        **parts,
+        "optimizer": median(windows.optimizer[args.warmup_steps :]),
+        "saving": saving,
+    }
     return {
-        "path": path,
+        "path": label(path, *args.num_layers),
+        "num_layers": config.num_hidden_layers,
+        "tokens_per_step": median(windows.tokens) / args.steps_per_window,
         "tokens_per_sec": round(rate, 1),
-        "mfu": round(rate * flops / known, 4) if (known := peak_flops()) else None,
+        "mfu": mfu(rate, config, lora=args.use_peft),
         "peak_memory_gib": round(peak, 2) if peak is not None else None,
-        "seconds_per_step": round(step, 4),
-        **{name: round(seconds, 4) for name, seconds in parts.items()},
-        "optimizer": round(optimizer, 4),
-        "saving": round(saving, 4),
+        **{name: round(times[name], 4) for name in TIMES},
         "attention_implementation": config._attn_implementation,
+        "trained_weights": str(trained.dtype).removeprefix("torch.") + sharded,
     }
 
 
-def time_parts(args: BenchArguments, model: torch.nn.Module) -> dict[str, float]:
-    """Forward and backward of all attention and of all experts, alone, over a packed step."""
-    base = next(module for module in model.modules() if isinstance(module, GptOssForCausalLM))
-    layers, config = base.model.layers, base.config
-    shape = (args.per_device_train_batch_size, args.max_length, config.hidden_size)
-    x = torch.randn(shape, device=base.device, dtype=torch.bfloat16, requires_grad=True)
-    positions = torch.arange(args.max_length, device=base.device)[None]
-    rotary = base.model.rotary_emb(x, positions)
-
-    def attention() -> torch.Tensor:
-        outputs = [layer.self_attn(x, rotary, attention_mask=None)[0] for layer in layers[:2]]
-        return outputs[0] + outputs[-1]
-
-    def feed_forward() -> torch.Tensor:
-        outputs = [layer.mlp(x)[0] for layer in layers[:2]]
-        return outputs[0] + outputs[-1]
-
-    timed = {}
-    for name, part in (("attention", attention), ("experts", feed_forward)):
-        seconds = []
-        for _ in range(4):  # the first is the warm-up
-            started = Windows(args).now()
-            part().sum().backward()
-            seconds.append(Windows(args).now() - started)
-        timed[name] = median(seconds[1:]) * len(layers) / min(2, len(layers))
-    return timed
+def label(path: str, *num_layers: int | None) -> str:
+    return f"{path}, {num_layers[0]}-layer slice" if num_layers and num_layers[0] else path
 
 
-def trace(trainer: SFTTrainer, file: Path) -> None:
-    """One more step, under torch's profiler, for chrome://tracing or Perfetto."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    inputs = next(iter(trainer.get_train_dataloader()))
-    with torch.profiler.profile() as profiler:
-        trainer.training_step(trainer.model_wrapped, trainer._prepare_inputs(inputs))
-    profiler.export_chrome_trace(str(file))
+def mfu(tokens_per_sec: float, config: Any, *, lora: bool) -> float | None:
+    peak = peak_flops()
+    flops = flops_per_token(config, context=MEAN_LENGTH, lora=lora)
+    return round(tokens_per_sec * flops / peak, 4) if peak else None
+
+
+def scale(args: BenchArguments, path: str, few: Any, more: Any) -> dict[str, Any]:
+    """The figures at all layers, from those at two numbers of them: a + b * layers."""
+    config = make_config(args.model)  # in full, --tiny too
+    num_layers = config.num_hidden_layers
+    if "failed" in few or "failed" in more:
+        return {"path": f"{path}, scaled to {num_layers} layers", "failed": "not measured"}
+    steps = (num_layers - few["num_layers"]) / (more["num_layers"] - few["num_layers"])
+    times = {name: few[name] + steps * (more[name] - few[name]) for name in TIMES}
+    rate = more["tokens_per_step"] / times["seconds_per_step"]
+    return {
+        **more,
+        "path": f"{path}, scaled to {num_layers} layers",
+        "num_layers": num_layers,
+        "tokens_per_sec": round(rate, 1),
+        "mfu": mfu(rate, config, lora=args.use_peft),
+        "peak_memory_gib": None,
+        **{name: round(times[name], 4) for name in TIMES},
+    }
+
+
+def measure_apart(path: str, num_layers: int | None, *, use_peft: bool) -> dict[str, Any]:
+    """Measure a path in a process of its own, started as the recipe starts it."""
+    launcher = [sys.executable]
+    if not use_peft:
+        config = Path(__file__).with_name("fsdp2.yaml")
+        launcher += ["-m", "accelerate.commands.launch", f"--config_file={config}"]
+        launcher += ["--num_machines=1", "--num_processes=1", "--main_process_port=0"]
+    flags = [*sys.argv[1:], "--paths", path]
+    if num_layers is not None:
+        flags += ["--num_layers", str(num_layers)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "result.json"
+        command = [*launcher, __file__, *flags, "--output", str(output)]
+        status = subprocess.run(command, stdout=sys.stderr).returncode
+        if output.exists():
+            return json.loads(output.read_text())["results"][0]
+    return {"path": label(path, num_layers), "failed": f"exit status {status}"}
+
+
+def measure_all(args: BenchArguments) -> list[dict[str, Any]]:
+    """Every path at every number of layers, and scaled where there are two."""
+    if len(args.paths) == 1 and len(args.num_layers) < 2 and (args.use_peft or is_launched()):
+        try:
+            return [measure(args, args.paths[0])]
+        except torch.OutOfMemoryError:
+            return [{"path": label(args.paths[0], *args.num_layers), "failed": "out of memory"}]
+    results = []
+    counts: list[int | None] = [*args.num_layers] or [None]
+    for path in args.paths:
+        measured = [measure_apart(path, count, use_peft=args.use_peft) for count in counts]
+        results += measured
+        if len(measured) == 2:
+            results.append(scale(args, path, *measured))
+    return results
 
 
 def show(results: list[dict[str, Any]]) -> None:
     """The table, as Markdown: what the README holds is pasted from here."""
     lines = ["| | " + " | ".join(result["path"] for result in results) + " |"]
     lines.append("|---" * (len(results) + 1) + "|")
-    for name in [name for name in results[0] if name != "path"]:
-        values = ["-" if result[name] is None else str(result[name]) for result in results]
+    names = dict.fromkeys(name for result in results for name in result if name != "path")
+    for name in names:
+        values = ["-" if r.get(name) is None else str(r[name]) for r in results]
         lines.append(f"| {name.replace('_', ' ')} | {' | '.join(values)} |")
     first = results[0]
     for name in ("tokens_per_sec", "peak_memory_gib"):
-        ratios = [f"{first[name] / r[name]:.2f}" if r[name] else "-" for r in results]
+        ratios = [
+            f"{first[name] / r[name]:.2f}" if first.get(name) and r.get(name) else "-"
+            for r in results
+        ]
         shown = f"{first['path']}'s {name.replace('_', ' ')} : its own"
         lines.append(f"| {shown} | {' | '.join(ratios)} |")
     print("\n".join(lines))
 
 
+def check(args: BenchArguments) -> None:
+    """Raise UserError for a path that does not exist, or layers that cannot be scaled."""
+    unknown = [path for path in args.paths if path not in PATHS]
+    if unknown:
+        raise UserError(f"--paths {' '.join(unknown)}: no such path; there are {', '.join(PATHS)}")
+    counts = args.num_layers
+    if len(counts) > 2 or len(set(counts)) < len(counts) or any(count < 1 for count in counts):
+        raise UserError(
+            f"--num_layers {' '.join(map(str, counts))}: give one number, or two different ones"
+        )
+
+
 def main() -> None:
     (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
-    if len(args.paths) == 1:
-        results = [measure(args, args.paths[0])]
-    else:
-        results = []
-        for path in args.paths:
-            with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [sys.executable, __file__, *sys.argv[1:]]
-                command += ["--paths", path, "--output", file.name]
-                subprocess.run(command, check=True, stdout=sys.stderr)
-                results += json.loads(Path(file.name).read_text())["results"]
+    with one_line_errors():
+        check(args)
+        results = measure_all(args)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     report = {"device": device, "torch": torch.__version__, "args": vars(args), "results": results}
     if args.output:
         Path(args.output).write_text(json.dumps(report, indent=2))
     show(results)
+    if all("failed" in result for result in results):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
