@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, pack_dataset
 
 from conftest import CONVERSATIONS, REPO
-from data import conversations_of, load_conversations, load_datasets, tokenize
+from data import conversations_of, load_conversations, load_datasets, mean_length, tokenize
 from errors import UserError
 from flags import DataArguments
 
@@ -309,6 +309,12 @@ def test_packing_leaves_little_empty(tokenizer: PreTrainedTokenizerBase) -> None
     rows = tokenize(load_conversations(f"{CONVERSATIONS}*20"), tokenizer, DEFAULTS, max_length=4096)
     packed = pack_dataset(rows, 4096, "bfd")
     assert sum(map(len, rows["input_ids"])) / (len(packed) * 4096) >= 0.97
+
+
+def test_mean_length() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in range(5000)], "labels": [[]] * 5000})
+    assert mean_length(rows) == 4999 / 2
+    assert mean_length(rows.select([10, 4999, 4000])) == 9009 / 3
 
 
 def preview(*flags: str) -> subprocess.CompletedProcess[str]:
