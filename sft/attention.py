@@ -19,7 +19,7 @@ TOLERANCE = 0.05
 
 
 def choose_attention() -> str:
-    """The implementation that every rank can use: called by all of them, the same on all of them."""
+    """What the rank that can do least uses; all ranks call this, and all do the same."""
     slowest_last = (*FASTEST_FIRST, "eager")
     return max(gather_object([fastest_here()]), key=slowest_last.index)
 

@@ -1,8 +1,8 @@
 """Where conversations are read from: files, folders and URLs of several formats, and the hub.
 
 A source is `NAME`, or several of them with commas between; `NAME*2` is read twice an epoch, and of
-`NAME*0.5` a random half. NAME is a path, maybe with `*` in it, an fsspec URL (s3://, gs://, https://), or on the hub
-`owner/name`, with `:config` and `@split` where it has them.
+`NAME*0.5` a random half. NAME is a path or an fsspec URL (s3://, gs://, https://), maybe with `*`
+in it, or on the hub `owner/name`, with `:config` and `@split` where it has them.
 """
 
 import csv
