@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
@@ -18,6 +19,12 @@ TOLERANCE = 0.05
 
 
 def choose_attention() -> str:
+    """What the rank that can do least uses; all ranks call this, and all do the same."""
+    slowest_last = (*FASTEST_FIRST, "eager")
+    return max(gather_object([fastest_here()]), key=slowest_last.index)
+
+
+def fastest_here() -> str:
     """The fastest implementation that trains gpt-oss here as eager does, the sinks included.
 
     Each is run on a packed row. flash-attn-4 needs Hopper or Blackwell, flex_attention any CUDA

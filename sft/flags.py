@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Literal
 
+from transformers.integrations import get_available_reporting_integrations
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from errors import UserError
@@ -69,6 +70,7 @@ def parse_args(args: list[str] | None = None) -> Arguments:
         raise UserError(f"flags: {error}") from error
     script_args, training_args, model_args, data_args, run_args = arguments
     check_flags(script_args, training_args, model_args)
+    check_unused_flags(script_args, training_args, model_args)
     check_data_flags(data_args)
     if run_args.dequantize is None:
         run_args.dequantize = not model_args.use_peft
@@ -109,6 +111,39 @@ def check_flags(
         raise UserError(
             "--load_in_4bit/8bit: bitsandbytes does not know gpt-oss's experts; remove it"
         )
+
+
+def check_unused_flags(
+    script_args: ScriptArguments, training_args: SFTConfig, model_args: ModelConfig
+) -> None:
+    """Raise UserError for flags of TRL's that would be ignored here, or fail on every rank."""
+    asked = training_args.report_to or []
+    # What `all` stands for; trl's default is nothing.
+    reports = [] if asked == get_available_reporting_integrations() else asked
+    refusals = {
+        "--use_dora: DoRA does not know expert weights; remove it": model_args.use_dora,
+        "--dataset_streaming: datasets are tokenised once and memory-mapped; remove it": (
+            script_args.dataset_streaming
+        ),
+        "--completion_only_loss: what is in the loss is set by --train_on; remove it": (
+            training_args.completion_only_loss is not None
+        ),
+        "--assistant_only_loss: --train_on assistant is that, and the default; remove it": (
+            training_args.assistant_only_loss
+        ),
+        "--use_liger_kernel: liger-kernel is not installed, nor knows these experts; remove it": (
+            training_args.use_liger_kernel
+        ),
+        "--dtype: weights are trained in bfloat16; remove it": (
+            model_args.dtype not in ("auto", "bfloat16", ModelConfig().dtype)
+        ),
+        "--report_to: only W&B is reported to, where WANDB_API_KEY is set; remove it": bool(
+            set(reports) - {"wandb", "kubeflow"}
+        ),
+    }
+    for message, is_refused in refusals.items():
+        if is_refused:
+            raise UserError(message)
 
 
 def check_data_flags(data_args: DataArguments) -> None:

@@ -2,9 +2,9 @@
 
 The format is that of openai-harmony 0.0.8, the renderer that vLLM serves gpt-oss with: a message is
 encoded piece by piece, control tokens by their ids, all else as text, so that a `<|start|>` that a
-user wrote stays text. Where the published checkpoints' chat template differs, the server wins:
+user wrote stays text. Where the published checkpoints' chat template differs, the renderer wins:
 
-    template                                          here, as the server sends it
+    template                                          here, as openai-harmony renders it
     a blank line ends the developer message           none
     tools: some schemas as `any` or `object`          harmony's TypeScript (typescript.py)
     tool calls: `json`, one a message                 `<|constrain|>json`, all of them
@@ -12,8 +12,27 @@ user wrote stays text. Where the published checkpoints' chat template differs, t
     with a tool call, content counts as analysis      analysis, then content as a preamble
     only the first message may instruct               every system or developer message does
 
-A server that is asked for the next turn drops the analysis of turns that have ended in a final
-message: so does this.
+vLLM (at commit 6a22fe6, harmony_utils.py) gives the renderer other messages than its default or
+OpenAI's documentation of the format has:
+
+    vLLM sends                                        here
+    no analysis before the last final message         the same, as the model reads just that. The
+                                                      renderer's default drops only what precedes
+                                                      the first (openai/harmony#96), which differs
+                                                      from a third user's turn on
+    earlier calls: `json` without `<|constrain|>`     with it: the model writes its calls itself,
+                                                      and vLLM calls this the official form
+    earlier calls: the preamble, then analysis        analysis first, as the model writes it
+    channels without `commentary` if without tools    all three, the renderer's default
+
+What is learnt is what the model writes when it is served. One thing is not: the header of a message
+whose turn has shown no analysis before it, whatever its channel. The data has none, or it was
+dropped with the turn's end; to learn ` to=functions.add` or `<|channel|>final` there is to learn
+not to think. Its content and its end are learnt, and with learn_no_thinking the header is too. A
+turn is all that the assistant says, with its tools' results, until a user speaks. Once it has shown
+analysis, it shows where the model thinks and where it goes on: there a preamble, a call or an
+answer without analysis of its own, directly or after a tool's result, is learnt whole. A turn that
+shows none says nothing of either, so none of its headers is.
 """
 
 from dataclasses import dataclass
@@ -94,20 +113,26 @@ def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: st
 def said_by_assistant(turn: dict[str, Any]) -> list[Message]:
     """Analysis, then a final message; or analysis, a preamble and tool calls."""
     calls = turn.get("tool_calls") or []
+    learnt = turn.get("is_learnt", True)
     messages = []
     if turn.get("thinking"):
-        messages.append(Message("assistant", turn["thinking"], "analysis"))
+        messages.append(Message("assistant", turn["thinking"], "analysis", is_learnt=learnt))
     if turn.get("content"):
         channel = "commentary" if calls else "final"
-        messages.append(Message("assistant", turn["content"], channel))
+        messages.append(Message("assistant", turn["content"], channel, is_learnt=learnt))
     for call in calls:
         recipient = f"functions.{call['name']}"
-        messages.append(Message("assistant", call["arguments"], "commentary", recipient, "json"))
+        arguments = call["arguments"]
+        messages.append(
+            Message("assistant", arguments, "commentary", recipient, "json", is_learnt=learnt)
+        )
     return messages
 
 
 def without_ended_analysis(messages: list[Message]) -> list[Message]:
-    """Drop the analysis before the last final message that a user has answered."""
+    """Drop the analysis before the last final message that a user has answered: all that vLLM drops
+    of the prompt that it makes for the last turn.
+    """
     last_user = last_index(messages, author="user")
     last_final = last_index(messages[: max(last_user, 0)], channel="final")
     return [m for n, m in enumerate(messages) if m.channel != "analysis" or n > last_final]
@@ -130,9 +155,8 @@ def to_pieces(
 
     By default the loss is of what the model writes when it is served. The server writes the header
     `<|start|>assistant` that opens a turn, and goes on after a tool's result; the model writes the
-    one between its own messages. A final message with no analysis before it in its turn (the
-    data has none, or it was dropped) is learnt without `<|channel|>final<|message|>`, or the model
-    would learn not to think; learn_no_thinking: that is wanted.
+    one between its own messages. The rest of a header, through `<|message|>`, is learnt only where
+    its turn has shown analysis (see above); learn_no_thinking: everywhere.
     """
     last_user = last_index(messages, author="user")
     pieces: list[Piece] = []
@@ -141,7 +165,6 @@ def to_pieces(
         before = messages[number - 1] if number else None
         goes_on = before is not None and before.author == "assistant" and not before.is_call
         thought = message.author != "user" and (thought or message.channel == "analysis")
-        skips = message.channel == "final" and not (thought or learn_no_thinking)
         everything = train_on == "everything"
         said = message.author == "assistant" and message.is_learnt
         said = said and (train_on != "last_turn" or number > last_user)
@@ -149,7 +172,7 @@ def to_pieces(
             message,
             ends_all=number == len(messages) - 1 and message.channel == "final",
             learns_start=everything or (said and goes_on),
-            learns_header=everything or (said and not skips),
+            learns_header=everything or (said and (thought or learn_no_thinking)),
             learns_content=everything or said,
         )
     return pieces

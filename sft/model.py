@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -45,9 +46,10 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
     try:
         return AutoTokenizer.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"the tokenizer of {model_id!r} cannot be read; {str(error).splitlines()[0]}"
-        ) from error
+        reason = str(error).splitlines()[0]
+        if Path(model_id).is_dir() and not (Path(model_id) / "tokenizer.json").exists():
+            reason = "the folder holds no tokenizer.json: copy it from the model it was made from"
+        raise UserError(f"the tokenizer of {model_id!r} cannot be read; {reason}") from error
 
 
 def load_model(

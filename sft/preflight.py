@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from wandb.sdk.lib.wbauth.validation import check_api_key
 
 from checkpoint import checkpoints, find_problem, read_manifest
 from data import load_datasets
@@ -20,6 +21,7 @@ from fingerprint import check_same_run, fingerprint
 from flags import parse_args
 from launches import first_date
 from model import load_config, load_tokenizer
+from weights import Checkpoint
 
 BUCKET_MOUNT = "/checkpoints"
 
@@ -60,8 +62,22 @@ def check_output_dir(output_dir: str) -> None:
         raise UserError(f"less than 1 GiB is free at {output_dir}: it keeps the checkpoints")
 
 
+def check_wandb_key() -> None:
+    """Raise UserError if W&B would refuse the form of WANDB_API_KEY; its value is never shown."""
+    key = os.environ.get("WANDB_API_KEY")
+    problem = check_api_key(key) if key else None
+    if key and key != key.strip():
+        problem = "API key cannot start or end with whitespace."
+    if problem:
+        raise UserError(
+            f"WANDB_API_KEY is not a key ({problem.rstrip('.')}): "
+            "copy it from https://wandb.ai/authorize, or set it to '' to train without W&B"
+        )
+
+
 def main() -> None:
     check_gpus()
+    check_wandb_key()
     script_args, training_args, model_args, data_args, run_args = parse_args()
     check_output_dir(training_args.output_dir)
     model_id, revision = model_args.model_name_or_path, model_args.model_revision
@@ -70,6 +86,8 @@ def main() -> None:
     date = data_args.conversation_start_date or first_date(training_args.output_dir)
     data_args.conversation_start_date = date
     train_dataset, _ = load_datasets(script_args, training_args, data_args, tokenizer)
+    # Downloaded here, not by ranks that wait for each other no longer than a barrier's timeout.
+    Checkpoint(model_id, revision=revision)
     if run_args.ignore_fingerprint or training_args.resume_from_checkpoint != "true":
         return
     num_processes = int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()

@@ -1,8 +1,8 @@
 """Where conversations are read from: files, folders and URLs of several formats, and the hub.
 
 A source is `NAME`, or several of them with commas between; `NAME*2` is read twice an epoch, and of
-`NAME*0.5` a random half. NAME is a path, an fsspec URL (s3://, gs://, https://), or on the hub
-`owner/name`, with `:config` and `@split` where it has them.
+`NAME*0.5` a random half. NAME is a path or an fsspec URL (s3://, gs://, https://), maybe with `*`
+in it, or on the hub `owner/name`, with `:config` and `@split` where it has them.
 """
 
 import csv
@@ -42,7 +42,8 @@ def parse_sources(text: str) -> list[Source]:
     sources = []
     for part in filter(None, map(str.strip, text.split(","))):
         name, star, weight = part.rpartition("*")
-        if not star:
+        is_glob = not format_of(name) and (format_of(part) or not weight)
+        if not star or is_glob:  # data/*.jsonl, data/*
             sources.append(Source(part))
             continue
         try:
@@ -58,7 +59,9 @@ def parse_sources(text: str) -> list[Source]:
 
 def is_file(name: str) -> bool:
     """Whether NAME is a path or a URL, not a name on the hub."""
-    looks_like_one = "://" in name or name.startswith((".", "/", "~")) or format_of(name)
+    looks_like_one = (
+        "://" in name or "*" in name or name.startswith((".", "/", "~")) or format_of(name)
+    )
     return bool(looks_like_one) or fsspec.filesystem("file").exists(name)
 
 
@@ -70,13 +73,16 @@ def format_of(name: str) -> str | None:
 
 
 def find_files(name: str) -> list[tuple[str, str]]:
-    """(URL, key of its present content) of the file, or of every file in the folder.
+    """(URL, key of its present content) of the file, or of every file that is in the folder or
+    matches the pattern.
 
     Raises UserError if there is none.
     """
     try:
         filesystem, path = fsspec.url_to_fs(name)
-        if filesystem.isdir(path):
+        if "*" in path:
+            found = sorted(file for file in filesystem.glob(path) if format_of(file))
+        elif filesystem.isdir(path):
             found = sorted(file for file in filesystem.find(path) if format_of(file))
         else:
             found = [path] if filesystem.exists(path) else []

@@ -10,6 +10,7 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import attention
 from attention import FASTEST_FIRST, TOLERANCE, choose_attention, outputs_and_gradients, probe
 from model import load_model
 from weights import Checkpoint
@@ -47,6 +48,14 @@ def by_definition(
     if without != "sinks":
         total = total + module.sinks.exp().view(1, -1, 1, 1)
     return (weights / total @ value).transpose(1, 2), None
+
+
+def test_all_ranks_fall_back_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash, flex = FASTEST_FIRST
+    monkeypatch.setattr(attention, "fastest_here", lambda: flash)
+    for others, chosen in (([], flash), ([flex], flex), ([flex, "eager", flash], "eager")):
+        monkeypatch.setattr(attention, "gather_object", lambda own, others=others: own + others)
+        assert choose_attention() == chosen
 
 
 @pytest.fixture(params=["nothing", "sinks", "windows", "boundaries"])

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig, pack_dataset
 
 from conftest import CONVERSATIONS, REPO
-from data import conversations_of, load_conversations, load_datasets, tokenize
+from data import conversations_of, load_conversations, load_datasets, mean_length, tokenize
 from errors import UserError
 from flags import DataArguments
 
@@ -111,6 +111,84 @@ def test_what_is_learnt_of_tool_calls(tmp_path: Path, tokenizer: PreTrainedToken
         f"<|start|>assistant{called}{called}"
         "<|channel|>final<|message|>4 or 5<|return|>"
     )
+
+
+CALL = {"function": {"name": "add", "arguments": "{}"}}
+RESULT = {"role": "tool", "content": "4"}
+CALL_HEADER = " to=functions.add<|channel|>commentary <|constrain|>json<|message|>"
+
+
+@pytest.mark.parametrize(
+    ("turns", "by_default", "with_headers"),
+    [
+        (
+            [{"role": "assistant", "tool_calls": [CALL]}, RESULT, {**ASSISTANT, "thinking": None}],
+            "{}<|call|>4<|return|>",
+            f"{CALL_HEADER}{{}}<|call|><|channel|>final<|message|>4<|return|>",
+        ),
+        (
+            [{"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, RESULT, ASSISTANT],
+            "Wait.<|end|><|start|>assistant{}<|call|><|channel|>analysis<|message|>Easy.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>4<|return|>",
+            "<|channel|>commentary<|message|>Wait.<|end|>"
+            f"<|start|>assistant{CALL_HEADER}{{}}<|call|><|channel|>analysis<|message|>Easy.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>4<|return|>",
+        ),
+    ],
+    ids=["a call", "a preamble, and thinking later"],
+)
+def test_to_act_without_thinking_is_learnt_only_on_demand(
+    turns: list[object],
+    by_default: str,
+    with_headers: str,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Of a call and of a preamble too, until the turn has shown analysis."""
+    file = write(tmp_path / "my.jsonl", {"messages": [USER, *turns]})
+    assert learnt(tokenizer, file) == by_default
+    assert learnt(tokenizer, file, train_on="last_turn") == by_default
+    assert learnt(tokenizer, file, learn_no_thinking=True) == with_headers
+
+
+def test_a_call_whose_thinking_was_dropped(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """With thinking everywhere, that of a turn that is over is gone: its headers with it."""
+    turn = [
+        USER,
+        {"role": "assistant", "thinking": "Add.", "content": "Wait.", "tool_calls": [CALL]},
+        RESULT,
+        {**ASSISTANT, "content": "5"},
+    ]
+    file = write(tmp_path / "my.jsonl", {"messages": [*turn, USER, ASSISTANT]})
+    last = (
+        "<|channel|>analysis<|message|>Easy.<|end|>"
+        "<|start|>assistant<|channel|>final<|message|>4<|return|>"
+    )
+    assert learnt(tokenizer, file) == (f"Wait.<|end|><|start|>assistant{{}}<|call|>5<|end|>{last}")
+    assert learnt(tokenizer, file, train_on="last_turn") == last
+    assert learnt(tokenizer, file, learn_no_thinking=True) == (
+        f"<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant{CALL_HEADER}{{}}<|call|>"
+        f"<|channel|>final<|message|>5<|end|>{last}"
+    )
+
+
+def test_a_message_of_weight_0_and_a_prompt_are_not_learnt(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    unlearnt = {**ASSISTANT, "content": "5", "tool_calls": [CALL]}
+    file = write(
+        tmp_path / "my.jsonl",
+        {"messages": [USER, {**unlearnt, "weight": 0}, RESULT, ASSISTANT]},
+        {"prompt": [USER, unlearnt, RESULT], "completion": [ASSISTANT]},
+    )
+    rows = tokens_of(tokenizer, file)["labels"]
+    for labels in rows:
+        assert tokenizer.decode([label for label in labels if label != -100]) == (
+            "<|channel|>analysis<|message|>Easy.<|end|>"
+            "<|start|>assistant<|channel|>final<|message|>4<|return|>"
+        )
 
 
 def test_control_tokens_in_text_stay_text(
@@ -231,6 +309,12 @@ def test_packing_leaves_little_empty(tokenizer: PreTrainedTokenizerBase) -> None
     rows = tokenize(load_conversations(f"{CONVERSATIONS}*20"), tokenizer, DEFAULTS, max_length=4096)
     packed = pack_dataset(rows, 4096, "bfd")
     assert sum(map(len, rows["input_ids"])) / (len(packed) * 4096) >= 0.97
+
+
+def test_mean_length() -> None:
+    rows = Dataset.from_dict({"input_ids": [[1] * n for n in range(5000)], "labels": [[]] * 5000})
+    assert mean_length(rows) == 4999 / 2
+    assert mean_length(rows.select([10, 4999, 4000])) == 9009 / 3
 
 
 def preview(*flags: str) -> subprocess.CompletedProcess[str]:

@@ -29,11 +29,34 @@ def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     return Encoder(tokenizer)
 
 
-def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
-    """By openai-harmony alone: the prompt a server renders for the last turn, then that turn.
+NOTHING_DROPPED = RenderConversationConfig(auto_drop_analysis=False)
 
-    The server drops the analysis of ended turns; a client does not send it again either.
-    """
+
+def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
+    """The prompt that vLLM has openai-harmony render for the last turn, then that turn."""
+    prompt, last_turn = openai_messages(conversation)
+    # vllm's auto_drop_analysis_messages, vllm/entrypoints/openai/parser/harmony_utils.py at 6a22fe6
+    finals = [n for n, message in enumerate(prompt) if message.channel == "final"]
+    last_final = finals[-1] if finals else -1
+    kept = [m for n, m in enumerate(prompt) if n >= last_final or m.channel != "analysis"]
+    whole = Conversation.from_messages(kept + last_turn)
+    return openai.render_conversation_for_training(whole, NOTHING_DROPPED)
+
+
+def default_reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
+    """The same by openai-harmony's default, which is what decides on analysis in the prompt."""
+    prompt, last_turn = openai_messages(conversation)
+    tokens = openai.render_conversation_for_completion(
+        Conversation.from_messages(prompt), Role.ASSISTANT
+    )
+    opening = openai.encode("<|start|>assistant", allowed_special="all")
+    assert tokens[-len(opening) :] == opening
+    turn = Conversation.from_messages(last_turn)
+    return tokens[: -len(opening)] + openai.render_conversation_for_training(turn, NOTHING_DROPPED)
+
+
+def openai_messages(conversation: dict[str, Any]) -> tuple[list[Message], list[Message]]:
+    """All messages through the last user's, and those after it."""
     effort = {"low": ReasoningEffort.LOW, "high": ReasoningEffort.HIGH}.get(
         conversation.get("reasoning_effort") or "", ReasoningEffort.MEDIUM
     )
@@ -47,10 +70,7 @@ def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int
     if tools and turns[0]["role"] not in ("system", "developer"):
         content = DeveloperContent.new().with_function_tools(tools)
         messages.append(Message.from_role_and_content(Role.DEVELOPER, content))
-    last_user = max(n for n, turn in enumerate(turns) if turn["role"] == "user")
-    ended = [n for n, turn in enumerate(turns[:last_user]) if is_final(turn)]
     for number, turn in enumerate(turns):
-        keeps_analysis = not ended or number > ended[-1]
         if turn["role"] in ("system", "developer"):
             content = DeveloperContent.new().with_instructions(turn["content"])
             content = content.with_function_tools(tools) if tools and number == 0 else content
@@ -62,18 +82,14 @@ def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int
         elif turn["role"] == "user":
             messages.append(Message.from_role_and_content(Role.USER, turn["content"]))
         else:
-            messages += assistant_messages(turn, keeps_analysis=keeps_analysis)
-    config = RenderConversationConfig(auto_drop_analysis=False)
-    return openai.render_conversation_for_training(Conversation.from_messages(messages), config)
+            messages += assistant_messages(turn)
+    last_user = max(n for n, message in enumerate(messages) if message.author.role == Role.USER)
+    return messages[: last_user + 1], messages[last_user + 1 :]
 
 
-def is_final(turn: dict[str, Any]) -> bool:
-    return turn["role"] == "assistant" and bool(turn["content"]) and not turn["tool_calls"]
-
-
-def assistant_messages(turn: dict[str, Any], *, keeps_analysis: bool) -> list[Message]:
+def assistant_messages(turn: dict[str, Any]) -> list[Message]:
     messages = []
-    if turn["thinking"] and keeps_analysis:
+    if turn["thinking"]:
         message = Message.from_role_and_content(Role.ASSISTANT, turn["thinking"])
         messages.append(message.with_channel("analysis"))
     if turn["content"]:
@@ -152,13 +168,13 @@ tools = st.lists(
 
 
 @st.composite
-def conversations(draw: st.DrawFn) -> dict[str, Any]:
+def conversations(draw: st.DrawFn, max_turns: int = 4) -> dict[str, Any]:
     messages: list[dict[str, Any]] = []
     if draw(st.booleans()):
         role = draw(st.sampled_from(["system", "developer"]))
         messages.append({"role": role, "content": draw(texts)})
     thinking = st.none() | texts
-    for _ in range(draw(st.integers(1, 4))):
+    for _ in range(draw(st.integers(1, max_turns))):
         messages.append({"role": "user", "content": draw(texts)})
         for _ in range(draw(st.integers(0, 2))):
             calls = st.fixed_dictionaries({"name": names, "arguments": texts})
@@ -193,3 +209,31 @@ def test_token_for_token(
     assert openai.decode_utf8(input_ids) == openai.decode_utf8(reference(openai, conversation))
     assert input_ids == reference(openai, conversation)
     assert all(label in (-100, number) for number, label in zip(input_ids, labels, strict=True))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(conversation=conversations(max_turns=2))
+def test_of_two_turns_openai_drops_the_same(
+    encoder: Encoder, openai: HarmonyEncoding, conversation: dict[str, Any]
+) -> None:
+    (input_ids,), _ = encoder.encode([pieces(conversation)])
+    assert input_ids == default_reference(openai, conversation)
+
+
+def test_of_three_turns_openai_drops_less(encoder: Encoder, openai: HarmonyEncoding) -> None:
+    """Only what precedes the first final message (openai/harmony#96); vLLM, before the last."""
+    messages = [
+        message
+        for number in range(3)
+        for message in (
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": "4", "thinking": f"{number}.", "tool_calls": []},
+        )
+    ]
+    conversation = {"messages": messages, "tools": []}
+    (input_ids,), _ = encoder.encode([pieces(conversation)])
+    assert input_ids == reference(openai, conversation)
+    theirs = openai.decode_utf8(default_reference(openai, conversation))
+    dropped = "<|start|>assistant<|channel|>analysis<|message|>1.<|end|>"
+    assert theirs.count(dropped) == 1
+    assert openai.decode_utf8(input_ids) == theirs.replace(dropped, "")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -84,6 +85,26 @@ def test_wrong_data(preflight: Preflight, tmp_path: Path, content: str, message:
 def test_not_gpt_oss(preflight: Preflight, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     assert "not gpt_oss" in preflight(f"--model_name_or_path={tmp_path}")
+
+
+def test_no_weights(preflight: Preflight, tiny_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(
+        tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
+    )
+    assert "no safetensors in" in preflight(f"--model_name_or_path={folder}")
+
+
+def test_no_tokenizer(preflight: Preflight, tiny_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tiny_model / "config.json", folder)
+    assert "holds no tokenizer.json" in preflight(f"--model_name_or_path={folder}")
+
+
+@pytest.mark.parametrize("key", ["secret", "s3cr3t!" * 6, "secret" * 7 + "\n"])
+def test_a_malformed_wandb_key(preflight: Preflight, key: str) -> None:
+    line = preflight(WANDB_API_KEY=key)
+    assert "WANDB_API_KEY is not a key" in line and key.strip() not in line
 
 
 def test_bucket_not_mounted(preflight: Preflight) -> None:

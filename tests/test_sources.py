@@ -76,6 +76,23 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     assert names == ["rows.csv", "rows.jsonl"]
 
 
+def test_a_pattern_is_the_files_that_match(tmp_path: Path) -> None:
+    for name in ("rows.jsonl", "rows.jsonl.gz", "rows.csv"):
+        FORMATS[name](tmp_path / name)
+    for pattern, names in {
+        "*.jsonl": ["rows.jsonl"],
+        "*.jsonl*2": ["rows.jsonl"],
+        "ro*.jsonl.gz": ["rows.jsonl.gz"],
+        "*": ["rows.csv", "rows.jsonl", "rows.jsonl.gz"],
+    }.items():
+        (source,) = parse_sources(f"{tmp_path}/{pattern}")
+        assert source.weight == (2 if pattern.endswith("2") else 1)
+        assert is_file(source.name)
+        assert [Path(url).name for url, _ in find_files(source.name)] == names
+    with pytest.raises(UserError, match="does not exist"):
+        find_files(f"{tmp_path}/*.parquet")
+
+
 def test_a_changed_file_has_another_key(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(LINE)
