@@ -22,7 +22,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
 from artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
 from attention import choose_attention
 from checkpoint import read_manifest, resume_from
-from data import load_datasets
+from data import load_datasets, mean_length
 from errors import one_line_errors
 from experts import keep_lora_beside_experts
 from fingerprint import check_same_run, fingerprint, held_out
@@ -102,7 +102,6 @@ def train(
     dequantize = bool(run_args.dequantize)
     model = load_model(weights, attn_implementation=attention, dequantize=dequantize)
 
-    mean_length = sum(map(len, train_dataset["input_ids"])) / len(train_dataset)
     saver = Saver(
         run_dir,
         every_minutes=run_args.save_every_minutes,
@@ -130,7 +129,7 @@ def train(
     keep_lora_beside_experts(trainer.model)
     configure_gradients(trainer)
     throughput = Throughput(
-        flops_per_token(model.config, context=mean_length, lora=model_args.use_peft),
+        flops_per_token(model.config, context=mean_length(train_dataset), lora=model_args.use_peft),
         num_processes=num_processes,
     )
     if not trainer.is_world_process_zero():
