@@ -67,8 +67,10 @@ def load_model(
     config.use_cache = False
     config._attn_implementation = attn_implementation
     config._experts_implementation = experts.NAME
+    config.dtype = torch.bfloat16
     with torch.device("meta"):
-        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+        # Not from_config: under ZeRO-3 it would share out weights that are not there yet.
+        model = GptOssForCausalLM(config).to(torch.bfloat16)
     with suppress(OSError):  # it is optional
         model.generation_config = GenerationConfig.from_pretrained(
             weights.model_id, revision=weights.revision

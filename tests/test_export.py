@@ -87,7 +87,6 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "run"
     (run_dir / "final/evaluation.json").write_text(json.dumps(EVALUATION))
-    (run_dir / "final/loss.png").write_bytes(b"PNG")
     records = {form: export_as(form, run_dir, tmp_path) for form in FORMATS}
     check_all_load(run_dir, tmp_path, tiny_model, FORMATS)
     fidelity = {form: record["fidelity"] for form, record in records.items()}
@@ -100,7 +99,8 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
     card = (tmp_path / "bf16/README.md").read_text()
     assert "| overall | 1,234 | 2.0 -> 1.5 | 7.389 -> 4.4817 |" in card and "(loss.png)" in card
     assert not any(row["question"] in card for row in EVALUATION["generations"])
-    assert (tmp_path / "bf16/loss.png").read_bytes() == b"PNG"
+    plot = (run_dir / "final/loss.png").read_bytes()
+    assert (tmp_path / "bf16/loss.png").read_bytes() == plot
     assert (tmp_path / "bf16/generation_config.json").exists()
     assert "quantization_config" not in json.loads((tmp_path / "bf16/config.json").read_text())
     published, ours = weights_of(tiny_model), weights_of(tmp_path / "mxfp4")

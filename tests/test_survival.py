@@ -127,6 +127,7 @@ def test_a_notice_saves_and_the_run_goes_on(
 
     assert KEY not in result.stdout + result.stderr
     result = launch(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="second", **wandb)
+    assert result.returncode == 0, result.stderr
     assert f"resuming from {run_dir}/checkpoint-{preempted[1]}" in result.stdout, result.stderr
     assert (
         len(list(tmp_path.glob("wandb/offline-run-*-sky-1_first"))) == 2
