@@ -13,6 +13,8 @@ SKY := .venv/sky/bin
 # uv does not read pip's configuration: hand on where this machine keeps wheels of its own.
 export UV_FIND_LINKS ?= $(shell python3 -m pip config get global.find-links 2>/dev/null)
 export UV_PYTHON_PREFERENCE ?= system
+# Where it is set, each of some hundred processes would compile torch and transformers anew: 9 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: rehearse preview test test-sky sky lock clean
 

@@ -147,6 +147,7 @@ def train(
     except RunFinished:
         if is_finished(artifact):
             say(f"this run had finished at step {trainer.state.global_step}: {artifact}")
+            trainer.end()
             return
     if saver.preempted and trainer.state.global_step < trainer.state.max_steps:
         seconds = time.monotonic() - saver.noticed_at

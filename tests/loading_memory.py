@@ -68,6 +68,8 @@ def main() -> None:
     if accelerator.is_main_process:
         Path(file).write_text(json.dumps(figures))
     del model
+    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 
 from report import print_report, send_to_wandb
 
@@ -60,6 +61,7 @@ def test_it_goes_to_the_runs_own_wandb_run(
     for number, run_id in enumerate([None, "my-id"]):
         (tmp_path / f"launches/{number:04}.json").write_text(json.dumps({"wandb_run_id": run_id}))
     send_to_wandb(EVALUATION, run_dir=tmp_path)
+    wandb.teardown()  # else every later run of this process's children shares its service
     (run,) = tmp_path.glob("wandb/offline-run-*-my-id")
     logged = (run / "run-my-id.wandb").read_bytes()
     assert b"token_accuracy" in logged and b"valid_harmony" in logged
