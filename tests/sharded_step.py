@@ -91,6 +91,8 @@ def main() -> None:
     gathered = gradients(model)
     if accelerator.is_main_process:
         save_file(gathered, Path(file), metadata={"bytes_moved": str(moved.total)})
+    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -1,8 +1,10 @@
 """Runs of train.py with two real processes."""
 
 import ast
+import shutil
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -60,6 +62,9 @@ def test_lora_beside_a_sharded_bf16_base(launch: Launch, tmp_path: Path) -> None
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
 
 
+@pytest.mark.skipif(
+    shutil.which("c++") is None, reason="DeepSpeed builds its AdamW for the CPU with a C++ compiler"
+)
 def test_zero3_with_offload_is_an_alternative(launch: Launch, tmp_path: Path) -> None:
     result = launch("zero3_offload.yaml")
     assert result.returncode == 0, result.stderr

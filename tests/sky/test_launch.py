@@ -170,5 +170,7 @@ def test_without_a_bucket_and_without_a_model(model: Path, tmp_path: Path) -> No
         files = run("sky", "exec", name, f"ls /checkpoints/{name}/final")
         assert "adapter_model.safetensors" in files and "summary.json" in files
 
-        launch(name, model / "nowhere", *no_bucket, task_file=task_file, status=100)
+        again = launch(name, model / "nowhere", *no_bucket, task_file=task_file, status=100)
         assert job_status(name) == "FAILED"
+    # The second time, setup has found everything in its place.
+    assert re.search(r"Checked \d+ packages", again) and "Installed" not in again
