@@ -67,10 +67,9 @@ def main() -> None:
     figures = gather_object([peak.stop()])
     if accelerator.is_main_process:
         Path(file).write_text(json.dumps(figures))
-    del model
-    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
+    os._exit(0)
 
 
 if __name__ == "__main__":
