@@ -1,4 +1,5 @@
-# make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl]   a recipe, run to the end on this machine
+# make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl] [TRAIN_ARGS="--max_length 2048"]
+#                                                                 a recipe, run to the end on this machine
 # make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and what an epoch is
 # make test                                                       lint, types, all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
@@ -22,7 +23,7 @@ rehearse: .venv/train/.installed
 	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
 
 preview: .venv/train/.installed
-	$(PYTHON) sft/data.py --dataset $(DATASET) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
+	$(PYTHON) sft/data.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
 
 test: .venv/train/.installed .venv/sky/.installed
 	$(PYTHON) -m ruff check .

@@ -56,8 +56,8 @@ def main() -> None:
             data_args.conversation_start_date or date.today().isoformat()
         )
         with redirect_stdout(sys.stderr):
-            tokenizer = load_tokenizer(args.tokenizer)
             rows = load_conversations(args.dataset)
+            tokenizer = load_tokenizer(args.tokenizer)
             tokens = render_all(rows, tokenizer, data_args)
         if args.json:
             for row in tokens:

@@ -1,5 +1,6 @@
 """Each task file, unmodified, rehearsed to its end by the command of the README."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,19 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     assert "my.jsonl:1: not JSON" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_a_misspelt_flag_is_named() -> None:
+    result = subprocess.run(
+        [sys.executable, "tests/rehearsal/rehearse.py", "gpt-oss-20b-lora.yaml"],
+        cwd=REPO,
+        env=os.environ | {"TRAIN_ARGS": "--lerning_rate 1e-4"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert "--lerning_rate" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 

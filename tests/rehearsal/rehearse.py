@@ -33,7 +33,7 @@ from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
 
 REPO = Path(__file__).resolve().parents[2]
 CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
-# Small enough for two CPU cores; the learning rate suits random weights.
+# After the user's own: small enough for two CPU cores; the learning rate suits random weights.
 TRAIN_ARGS = "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4"
 NUM_PROCESSES = 2
 SHOWN = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ")
@@ -70,14 +70,15 @@ def node_envs(
 ) -> list[dict[str, str]]:
     """Each node's environment: the task's envs, SkyPilot's own, what stands in for GPUs."""
     num_nodes = min(task.get("num_nodes", 1), NUM_PROCESSES)
+    task_envs = {name: map_mounts(value, mounts(work)) for name, value in task["envs"].items()}
     envs = {
         **os.environ,
-        **{name: map_mounts(value, mounts(work)) for name, value in task["envs"].items()},
+        **task_envs,
         "MODEL": str(model),
         "DATASET": dataset,
         "CHECKPOINT_BUCKET": "",
         "WANDB_API_KEY": "",
-        "TRAIN_ARGS": TRAIN_ARGS,
+        "TRAIN_ARGS": f"{os.environ.get('TRAIN_ARGS', task_envs['TRAIN_ARGS'])} {TRAIN_ARGS}",
         "SKYPILOT_TASK_ID": f"rehearsal-{task['name']}",
         "SKYPILOT_NUM_NODES": str(num_nodes),
         "SKYPILOT_NUM_GPUS_PER_NODE": str(NUM_PROCESSES // num_nodes),
