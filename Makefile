@@ -23,7 +23,7 @@ rehearse: .venv/train/.installed
 	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
 
 preview: .venv/train/.installed
-	$(PYTHON) sft/data.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
+	$(PYTHON) sft/preview.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
 
 test: .venv/train/.installed .venv/sky/.installed
 	$(PYTHON) -m ruff check .

@@ -45,11 +45,11 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import HfArgumentParser
 
-from bench_parts import Windows, now, time_parts, trace
-from bench_paths import PATHS, BenchArguments, is_launched, make_trainer
-from errors import UserError, one_line_errors
-from metrics import flops_per_token, peak_flops
-from synthetic import MEAN_LENGTH, make_config
+from finetune.benchmark.synthetic import MEAN_LENGTH, make_config
+from finetune.benchmark.timing import Windows, now, time_parts, trace
+from finetune.benchmark.variants import PATHS, BenchArguments, is_launched, make_trainer
+from finetune.errors import UserError, one_line_errors
+from finetune.model.flops import flops_per_token, peak_flops
 
 TIMES = ("seconds_per_step", "attention", "experts", "loss", "optimizer", "saving")
 

@@ -8,33 +8,10 @@ evaluation.json in `final`; with WANDB_API_KEY it goes to the run's own W&B run 
 on CPU; an adapter's base stays in MXFP4.
 """
 
-import gc
-import json
-import os
-import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset
-from peft import PeftModel
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
-from trl import ScriptArguments
-from trl.trainer.utils import add_fused_lm_head
-
-from artifact import ARTIFACT, EVALUATION, SUMMARY
-from attention import choose_attention
-from channels import ChannelReader
-from data import load_conversations, load_parts, tokenize
-from errors import UserError, one_line_errors
-from experts import keep_lora_beside_experts
-from flags import DataArguments
-from generation import Prompt, generate, make_prompt, read_turns, shares
-from harmony import Encoder
-from model import load_model, load_tokenizer
-from report import print_report, send_to_wandb
-from scoring import compare, score
-from weights import Checkpoint
+from finetune.command_line import CommandLine
 
 
 @dataclass
@@ -51,37 +28,64 @@ class EvaluateArguments:
     )
 
 
-def main() -> None:
-    with one_line_errors():
-        parser = HfArgumentParser(EvaluateArguments)
-        parser.add_argument("run", type=Path, help="a run's folder, or its `final`")
-        args, rest = parser.parse_args_into_dataclasses()
-        evaluate(rest.run, args)
+def command_line() -> CommandLine:
+    parser = CommandLine(EvaluateArguments, description=__doc__)
+    parser.add_argument("run", type=Path, help="a run's folder, or its `final`")
+    return parser
+
+
+if __name__ == "__main__":
+    arguments, rest = command_line().parse_args_into_dataclasses()  # before imports that take 8 s
+
+import gc
+import json
+import os
+import random
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import add_fused_lm_head
+
+from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, SUMMARY
+from finetune.checkpoint.fingerprint import RunRecord
+from finetune.data.dataset import load_conversations, load_parts, tokenize
+from finetune.data.harmony import Encoder
+from finetune.data.harmony_parser import ChannelReader
+from finetune.data.options import DataArguments
+from finetune.errors import UserError, one_line_errors
+from finetune.evaluation.generation import Prompt, generate, make_prompt, read_turns, shares
+from finetune.evaluation.report import print_report, send_to_wandb
+from finetune.evaluation.scoring import compare_scores, score
+from finetune.model.attention import choose_attention
+from finetune.model.experts import use_grouped_lora
+from finetune.model.loading import load_model, load_tokenizer
+from finetune.model.weights import BaseWeights
 
 
 def evaluate(run: Path, args: EvaluateArguments) -> dict[str, Any]:
     """Write evaluation.json and return what it holds. Raises UserError."""
     artifact = run if (run / SUMMARY).is_file() else run / ARTIFACT
     trained = read_run(artifact)
-    rows = held_out(trained, args.dataset)
+    rows = held_out_conversations(trained, args.dataset)
     tokenizer = load_tokenizer(str(artifact))
-    data_args = DataArguments(**{f.name: trained[f.name] for f in fields(DataArguments)})
-    tokens = tokenize(rows, tokenizer, data_args, max_length=trained["max_length"])
-    prompts = some_prompts(rows, tokenizer, data_args, args.num_generations)
-    judge = Judge(tokenizer, tokens, prompts, trained["max_length"], args.max_new_tokens)
+    tokens = tokenize(rows, tokenizer, trained.data, max_length=trained.max_length)
+    prompts = some_prompts(rows, tokenizer, trained.data, args.num_generations)
+    judge = Judge(tokenizer, tokens, prompts, trained.max_length, args.max_new_tokens)
 
-    base = load(args.model or trained["model"], None if args.model else trained["model_revision"])
+    base = load(args.model or trained.model, None if args.model else trained.model_revision)
     before = judge(base)
     if (artifact / "adapter_config.json").is_file():
         model = PeftModel.from_pretrained(base, artifact)
-        keep_lora_beside_experts(model)
+        use_grouped_lora(model)
     else:
         del base
         gc.collect()  # two models need not fit
         model = load(str(artifact), None)
     evaluation = {
-        "model": args.model or trained["model"],
-        "dataset": args.dataset or f"{trained['dataset']}, held out",
+        "model": args.model or trained.model,
+        "dataset": args.dataset or f"{trained.dataset}, held out",
         "conversations": len(tokens),
         **compare_answers(before, judge(model), prompts),
     }
@@ -97,7 +101,7 @@ def compare_answers(
 ) -> dict[str, Any]:
     """What the Judge found of two models, as evaluation.json has it: pairs of [before, after]."""
     return {
-        "loss": compare(before["scores"], after["scores"]),
+        "loss": compare_scores(before["scores"], after["scores"]),
         "generated": len(prompts),
         **{name: [before["shares"][name], after["shares"][name]] for name in after["shares"]},
         "generations": [
@@ -107,8 +111,8 @@ def compare_answers(
     }
 
 
-def read_run(artifact: Path) -> dict[str, Any]:
-    """What the run was: model, data, seed, what was held out. Raises UserError."""
+def read_run(artifact: Path) -> RunRecord:
+    """What the run trained on what. Raises UserError."""
     run_dir = artifact.parent
     if not run_dir.is_dir():
         raise UserError(f"there is no run at {run_dir}: give the folder that training wrote to")
@@ -121,27 +125,23 @@ def read_run(artifact: Path) -> dict[str, Any]:
         ) from None
     if "run" not in summary:
         raise UserError(f"{artifact / SUMMARY} does not say what was trained: train once more")
-    return summary["run"]
+    return RunRecord.from_json(summary["run"])
 
 
-def held_out(trained: dict[str, Any], dataset: str | None) -> Dataset:
+def held_out_conversations(trained: RunRecord, dataset: str | None) -> Dataset:
     """The conversations that the run evaluated on, or all of another dataset. Raises UserError."""
     if dataset is not None:
         return load_conversations(dataset)
-    if trained["eval_strategy"] == "no":
+    if trained.eval_strategy == "no":
         raise UserError(
             "the run held nothing out: give --dataset FILE_OR_NAME, or train with "
             "--eval_strategy epoch --test_split_size 0.02"
         )
-    names = ("dataset_config", "dataset_train_split", "dataset_test_split")
-    script_args = ScriptArguments(
-        dataset_name=trained["dataset"], **{name: trained[name] for name in names}
-    )
     _, rows = load_parts(
-        script_args,
-        eval_strategy=trained["eval_strategy"],
-        test_split_size=trained["test_split_size"],
-        seed=trained["seed"],
+        trained.script_arguments(),
+        eval_strategy=trained.eval_strategy,
+        test_split_size=trained.data.test_split_size,
+        seed=trained.seed,
     )
     assert rows is not None
     return rows
@@ -164,7 +164,7 @@ def some_prompts(
 
 def load(model_id: str, revision: str | None) -> PreTrainedModel:
     """A model that scores and generates. revision: a commit of the hub's, unused for a folder."""
-    weights = Checkpoint(model_id, revision=revision or "main")
+    weights = BaseWeights(model_id, revision=revision or "main")
     model = load_model(weights, attn_implementation=choose_attention(), dequantize=False)
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     return model.requires_grad_(False).eval()
@@ -198,4 +198,5 @@ class Judge:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        evaluate(rest.run, arguments)

@@ -15,40 +15,11 @@ down_proj, lora_A is reshaped to (E, r, in), lora_B to (out, r, E); gate and up 
 vLLM asserts that both are adapted, and takes no modules_to_save: limits_of says so.
 """
 
-import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from huggingface_hub import HfApi
-from peft import LoraConfig
-from transformers import HfArgumentParser
-
-from card import default_name, fidelity_rows, write_card
-from divergence import Rows
-from errors import UserError, one_line_errors
-from export_text import conversations_of_run
-from fingerprint import model_revision
-from merge import Merged, adapted_skeleton, find_targets
-from metrics import print_summary
-from model import load_config, load_tokenizer
-from push import check_hub, push
-from shards import write_shard, write_weights
-from trained import ADAPTER, Trained, find_trained, read_names
-from weights import Checkpoint
-
-RECORD = "export.json"
-# Of config.json where the base itself is not quantized; as openai/gpt-oss-20b has it.
-QUANTIZATION = {
-    "modules_to_not_convert": [
-        "model.layers.*.self_attn",
-        "model.layers.*.mlp.router",
-        "model.embed_tokens",
-        "lm_head",
-    ],
-    "quant_method": "mxfp4",
-}
+from finetune.command_line import CommandLine
 
 
 @dataclass
@@ -70,11 +41,53 @@ class ExportArguments:
     private: bool = field(default=True, metadata={"help": "The hub's repository, if it is new."})
 
 
+def command_line() -> CommandLine:
+    parser = CommandLine(ExportArguments, description=__doc__)
+    parser.add_argument("run", type=Path, help="the run's folder, for example /checkpoints/NAME")
+    return parser
+
+
+if __name__ == "__main__":
+    arguments, rest = command_line().parse_args_into_dataclasses()  # before imports that take 8 s
+
+import json
+import shutil
+from typing import Any
+
+from huggingface_hub import HfApi
+from peft import LoraConfig
+
+from finetune.checkpoint.fingerprint import model_revision
+from finetune.errors import UserError, one_line_errors
+from finetune.export.card import default_name, fidelity_rows, write_card
+from finetune.export.divergence import Rows
+from finetune.export.hub import check_hub, push
+from finetune.export.merge import MergedWeights, adapted_skeleton, find_targets
+from finetune.export.samples import conversations_of_run
+from finetune.export.shards import write_shard, write_weights
+from finetune.export.source import ADAPTER, RunWeights, find_run_weights, read_names
+from finetune.model.loading import load_config, load_tokenizer
+from finetune.model.weights import BaseWeights
+from finetune.summary import print_summary
+
+RECORD = "export.json"
+# Of config.json where the base itself is not quantized; as openai/gpt-oss-20b has it.
+QUANTIZATION = {
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+    "quant_method": "mxfp4",
+}
+
+
 def export(run_dir: Path, args: ExportArguments) -> None:
     """The whole command. Raises UserError for whatever a user can mend."""
     api = check_hub(args.push_to_hub) if args.push_to_hub else None
     record = read_record(args.output)
-    trained = find_trained(run_dir, origin=record.get("origin"), check=args.verify)
+    trained = find_run_weights(run_dir, origin=record.get("origin"), check=args.verify)
     if args.format == "adapter" and not trained.is_adapter:
         raise UserError("this run trained all weights, it has no adapter: --format bf16 or mxfp4")
     base = open_base(trained, args.model)
@@ -111,17 +124,17 @@ def read_record(output: Path) -> dict[str, Any]:
         ) from None
 
 
-def identity(args: ExportArguments, trained: Trained) -> dict[str, Any]:
+def identity(args: ExportArguments, trained: RunWeights) -> dict[str, Any]:
     """What makes two calls the same export."""
     return {
         "format": args.format,
         "origin": trained.origin,
         "step": trained.step,
-        "fingerprint": trained.fingerprint,
+        "fingerprint": trained.record.identity(),
     }
 
 
-def check_record(record: dict[str, Any], args: ExportArguments, trained: Trained) -> None:
+def check_record(record: dict[str, Any], args: ExportArguments, trained: RunWeights) -> None:
     """Raise UserError if the folder holds another export than this one."""
     wanted = identity(args, trained)
     if record and {name: record.get(name) for name in wanted} != wanted:
@@ -131,9 +144,9 @@ def check_record(record: dict[str, Any], args: ExportArguments, trained: Trained
         )
 
 
-def open_base(trained: Trained, moved: str | None) -> Checkpoint:
+def open_base(trained: RunWeights, moved: str | None) -> BaseWeights:
     """The model that was trained, of the very revision. Raises UserError if it is not there."""
-    model, revision = trained.fingerprint["model"], trained.fingerprint["model_revision"]
+    model, revision = trained.record.model, trained.record.model_revision
     is_commit = len(revision) == 40
     model_id = moved or model
     if Path(model_id).is_dir():
@@ -143,26 +156,26 @@ def open_base(trained: Trained, moved: str | None) -> Checkpoint:
                 f"{model_id} is not the model that was trained: its revision is {found}, "
                 f"not {revision}"
             )
-        base = Checkpoint(model_id)
+        base = BaseWeights(model_id)
         read_names(sorted(set(base.files.values())))
         return base
     if not is_commit and moved is None:
         raise UserError(f"the base model {model} is not there: say where it is with --model")
-    return Checkpoint(model_id, revision=revision if is_commit else "main")
+    return BaseWeights(model_id, revision=revision if is_commit else "main")
 
 
-def open_merged(trained: Trained, base: Checkpoint) -> tuple[Merged, LoraConfig | None]:
+def open_merged(trained: RunWeights, base: BaseWeights) -> tuple[MergedWeights, LoraConfig | None]:
     """The merged weights and, for LoRA, the adapter's configuration."""
     if not trained.is_adapter:
-        return Merged(base, trained, {}), None
+        return MergedWeights(base, trained, {}), None
     config = load_config(base.model_id, revision=base.revision)
     skeleton = adapted_skeleton(config, trained.lora_config())
     lora = skeleton.peft_config["default"]
-    lora.base_model_name_or_path, lora.inference_mode = trained.fingerprint["model"], True
-    return Merged(base, trained, find_targets(skeleton)), lora
+    lora.base_model_name_or_path, lora.inference_mode = trained.record.model, True
+    return MergedWeights(base, trained, find_targets(skeleton)), lora
 
 
-def write_small_files(base: Checkpoint, args: ExportArguments) -> None:
+def write_small_files(base: BaseWeights, args: ExportArguments) -> None:
     """Tokenizer with its chat template, config, generation config."""
     load_tokenizer(base.model_id, revision=base.revision).save_pretrained(args.output)
     if args.format == "adapter":
@@ -180,13 +193,13 @@ def write_small_files(base: Checkpoint, args: ExportArguments) -> None:
         )
 
 
-def write_adapter(trained: Trained, lora: LoraConfig, output: Path) -> None:
+def write_adapter(trained: RunWeights, lora: LoraConfig, output: Path) -> None:
     """As PEFT's save_pretrained does, from tensors that no model holds."""
     write_shard({name: trained.rows(name) for name in trained.shapes}, output / ADAPTER)
     lora.save_pretrained(output)
 
 
-def limits_of(trained: Trained, lora: LoraConfig | None) -> list[str]:
+def limits_of(trained: RunWeights, lora: LoraConfig | None) -> list[str]:
     """What keeps vLLM from loading the adapter."""
     assert lora is not None
     experts = [name for name in trained.shapes if ".experts." in name and "lora_A" in name]
@@ -198,11 +211,13 @@ def limits_of(trained: Trained, lora: LoraConfig | None) -> list[str]:
     return limits
 
 
-def verify(merged: Merged, rows: Rows, args: ExportArguments) -> dict[str, Any]:
+def verify(merged: MergedWeights, rows: Rows, args: ExportArguments) -> dict[str, Any]:
     """How faithful the artifact is, and what follows from it."""
-    from verify import compare  # PEFT and transformers in full, which --verify false spares
+    from finetune.export.fidelity import (
+        measure_fidelity,  # PEFT and transformers in full, which --verify false spares
+    )
 
-    fidelity = compare(args.output, merged, rows, form=args.format)
+    fidelity = measure_fidelity(args.output, merged, rows, form=args.format)
     hints = []
     if args.format == "mxfp4":
         lost = fidelity["kl"] - fidelity["kl_bf16"]
@@ -219,7 +234,9 @@ def verify(merged: Merged, rows: Rows, args: ExportArguments) -> dict[str, Any]:
     return {"fidelity": fidelity, "hints": hints}
 
 
-def finish(record: dict[str, Any], trained: Trained, args: ExportArguments, *, name: str) -> None:
+def finish(
+    record: dict[str, Any], trained: RunWeights, args: ExportArguments, *, name: str
+) -> None:
     """The card, the table and, last, the record that says that the rest is whole."""
     if args.push_to_hub:
         name = args.push_to_hub
@@ -238,9 +255,4 @@ def upload(api: HfApi, args: ExportArguments) -> None:
 
 if __name__ == "__main__":
     with one_line_errors():
-        parser = HfArgumentParser(ExportArguments, description=__doc__.splitlines()[0])
-        parser.add_argument(
-            "run", type=Path, help="the run's folder, for example /checkpoints/NAME"
-        )
-        arguments, rest = parser.parse_args_into_dataclasses()
         export(rest.run, arguments)

@@ -14,12 +14,36 @@ TRL's fused head never holds the logits: a tile of 4,096 tokens x 32,768 of the 
 4,096 tokens would take 1.6 GB in bf16. A head that is trained adds its fp32 gradient, 2.3 GB.
 """
 
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from finetune.command_line import CommandLine
+
+
+@dataclass
+class MemoryArguments:
+    """What differs from the task file."""
+
+    max_length: int | None = None
+    per_device_train_batch_size: int | None = None
+    lora_r: int | None = None
+    dequantize: bool | None = field(default=None, metadata={"help": "The base in bf16."})
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(MemoryArguments, description=__doc__)
+    parser.add_argument("tasks", nargs="+", type=Path, help="task files")
+    return parser
+
+
+if __name__ == "__main__":
+    arguments, rest = command_line().parse_args_into_dataclasses()  # before imports that take 8 s
+
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -30,29 +54,21 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from transformers import GptOssConfig, GptOssForCausalLM, HfArgumentParser
+from transformers import GptOssConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig
 from trl.trainer.utils import add_fused_lm_head
 
-import experts
-from errors import one_line_errors
-from model import lora_config
-from mxfp4 import BLOCK_SIZE, Mxfp4Weight
-from preview import read_batch
-from synthetic import config_of
-from weights import restore_buffers
-
-
-@dataclass
-class MemoryArguments:
-    """What differs from the task file."""
-
-    max_length: int | None = None
-    per_device_train_batch_size: int | None = None
-    lora_r: int = 8
-    dequantize: bool = field(default=False, metadata={"help": "The base in bf16."})
+from finetune.arguments import parse_args
+from finetune.benchmark.synthetic import config_of
+from finetune.errors import UserError, one_line_errors
+from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
+from finetune.model.loading import meta_model
+from finetune.model.lora import lora_config
+from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
+from finetune.model.weights import restore_buffers
+from finetune.task_file import TaskFile
 
 
 def stored(parameter: Any) -> list[torch.Tensor]:
@@ -148,9 +164,9 @@ def kernels_allocate_nothing(live: LiveBytes) -> Iterator[None]:
     loss = "trl.kernels.chunked_logprob"
     with ExitStack() as stack:
         for name, replacement in {
-            "experts.fused": live.as_kernel,
-            "mxfp4.unpack": unpack,
-            "mxfp4.bounds": bounds,
+            "finetune.model.experts.fused": live.as_kernel,
+            "finetune.model.mxfp4.unpack": unpack,
+            "finetune.model.mxfp4.bounds": bounds,
             f"{loss}._forward_tile": no_tile,
             f"{loss}._backward_tile": no_tile,
         }.items():
@@ -158,15 +174,15 @@ def kernels_allocate_nothing(live: LiveBytes) -> Iterator[None]:
         yield
 
 
-def make_model(config: GptOssConfig, *, lora_r: int) -> Any:
+def make_model(config: GptOssConfig, lora: ModelConfig) -> Any:
     """gpt-oss with LoRA as train.py makes it, on the meta device."""
-    config._attn_implementation, config._experts_implementation = "counted", experts.NAME
+    register_experts()
+    config._attn_implementation, config._experts_implementation = "counted", EXPERTS_IMPLEMENTATION
+    model: Any = meta_model(config)
     with torch.device("meta"):
-        model: Any = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        args = ModelConfig(use_peft=True, lora_r=lora_r, lora_alpha=16, lora_dropout=0.0)
-        model = get_peft_model(model, lora_config(model, args))
-    experts.keep_lora_beside_experts(model)
+        model = get_peft_model(model, lora_config(model, lora))
+    use_grouped_lora(model)
     model.get_base_model().activation_checkpointing_enable(
         {"preserve_rng_state": False, "use_reentrant": False}
     )
@@ -187,10 +203,10 @@ def without_bytes(parameter: torch.nn.Parameter, *, packed: bool) -> torch.nn.Pa
 
 
 def count(
-    config: GptOssConfig, *, max_length: int, batch_size: int, lora_r: int, packed: bool
+    config: GptOssConfig, lora: ModelConfig, *, max_length: int, batch_size: int, packed: bool
 ) -> dict[str, int]:
-    """Bytes at the peak of a step, by what they hold."""
-    model = make_model(config, lora_r=lora_r)
+    """Bytes at the peak of a step, by what they hold. packed: the experts in MXFP4."""
+    model = make_model(config, lora)
     with FakeTensorMode():
         for module in model.modules():
             for name, parameter in list(module.named_parameters(recurse=False)):
@@ -220,29 +236,40 @@ def count(
     }
 
 
-def main() -> None:
-    parser = HfArgumentParser(MemoryArguments)
-    parser.add_argument("tasks", nargs="+", type=Path)
-    with one_line_errors():
-        args, others = parser.parse_args_into_dataclasses()
-        columns = {}
-        for task in others.tasks:
-            max_length, batch_size, *_ = read_batch(str(task))
-            max_length = args.max_length or max_length
-            batch_size = args.per_device_train_batch_size or batch_size
-            columns[f"{task.stem}\n{batch_size} x {max_length} tokens"] = count(
-                config_of(task),
-                max_length=max_length,
-                batch_size=batch_size,
-                lora_r=args.lora_r,
-                packed=not args.dequantize,
-            )
-    title = f"A GPU's memory, experts in {'bf16' if args.dequantize else 'MXFP4'}"
-    table = Table("GiB", *columns, title=title)
+def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
+    """A title and the bytes of a task file's step. Raises UserError if it cannot be counted."""
+    task = TaskFile.read(path)
+    config = parse_args([*task.flags, "--use_cpu=true"])
+    if not config.model.use_peft or task.is_sharded:
+        raise UserError(
+            f"{path} {'shards its weights' if task.is_sharded else 'trains all weights'}: only "
+            "LoRA beside a base that every GPU holds is counted"
+        )
+    max_length = args.max_length or config.training.max_length
+    if max_length is None:
+        raise UserError(f"{path}: the length of a row is not known without --max_length")
+    batch_size = args.per_device_train_batch_size or config.training.per_device_train_batch_size
+    dequantize = config.run.dequantize if args.dequantize is None else args.dequantize
+    lora_r = args.lora_r or config.model.lora_r
+    held = count(
+        config_of(config.model_id),
+        replace(config.model, lora_r=lora_r),
+        max_length=max_length,
+        batch_size=batch_size,
+        packed=not dequantize,
+    )
+    shape = f"{batch_size} x {max_length} tokens, r={lora_r}"
+    return f"{path.stem}\n{shape}\nexperts in {'bf16' if dequantize else 'MXFP4'}", held
+
+
+def main(args: MemoryArguments, paths: list[Path]) -> None:
+    columns = dict(count_task(path, args) for path in paths)
+    table = Table("GiB", *columns, title="A GPU's memory, counted")
     for name in next(iter(columns.values())):
         table.add_row(name, *(f"{column[name] / 2**30:.2f}" for column in columns.values()))
     Console(width=120).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(arguments, rest.tasks)

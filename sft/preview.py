@@ -1,35 +1,14 @@
-"""What a dataset becomes: conversations as the model sees them, what is learnt, what packing makes.
+"""What a dataset becomes: conversations as the model sees them, the loss, packing and steps.
 
-Called by `python sft/data.py`; needs a tokenizer, no model and no GPU.
+    python sft/preview.py --dataset FILE_OR_NAME --tokenizer NAME_OR_FOLDER [--json true]
+
+Needs a tokenizer, no model and no GPU. `make preview DATASET=my.jsonl` calls it.
 """
 
-import json
-import re
-import sys
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from datetime import date
-from itertools import groupby
-from math import prod
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-import yaml
-from datasets import Dataset
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-from transformers import HfArgumentParser, PreTrainedTokenizerBase
-from trl import pack_dataset
-
-from data import load_conversations, render_all
-from errors import UserError, one_line_errors
-from flags import DataArguments, check_data_flags
-from model import load_tokenizer
-
-BAR = 40  # characters of the longest bar of the histogram
-FLAGS = ("max_length", "per_device_train_batch_size", "gradient_accumulation_steps")
+from finetune.command_line import CommandLine
+from finetune.data.options import DataArguments, check_data_arguments
 
 
 @dataclass
@@ -47,44 +26,73 @@ class PreviewArguments:
     )
 
 
-def main() -> None:
-    with one_line_errors():
-        parser = HfArgumentParser((PreviewArguments, DataArguments))
-        args, data_args = parser.parse_args_into_dataclasses()
-        check_data_flags(data_args)
-        data_args.conversation_start_date = (
-            data_args.conversation_start_date or date.today().isoformat()
-        )
-        with redirect_stdout(sys.stderr):
-            rows = load_conversations(args.dataset)
-            tokenizer = load_tokenizer(args.tokenizer)
-            tokens = render_all(rows, tokenizer, data_args)
-        if args.json:
-            for row in tokens:
-                print(json.dumps({name: row[name] for name in ("input_ids", "labels")}))
-            return
-        console = Console(highlight=False, soft_wrap=True)
-        for number, row in enumerate(tokens.select(range(min(args.num_examples, len(tokens))))):
-            show_example(console, number + 1, row, tokenizer)
-        show_summary(console, rows, tokens, args.task)
+def command_line() -> CommandLine:
+    return CommandLine(PreviewArguments, DataArguments, description=__doc__)
+
+
+if __name__ == "__main__":
+    arguments = command_line().parse_args_into_dataclasses()  # before the imports, which take 8 s
+
+import json
+import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import date
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+from finetune.arguments import parse_args
+from finetune.data.dataset import load_conversations, render_all
+from finetune.errors import UserError, one_line_errors
+from finetune.model.loading import load_tokenizer
+from finetune.task_file import TaskFile
+
+BAR = 40  # characters of the longest bar of the histogram
+
+
+def main(args: PreviewArguments, data_args: DataArguments) -> None:
+    check_data_arguments(data_args)
+    if not data_args.conversation_start_date:
+        data_args = replace(data_args, conversation_start_date=date.today().isoformat())
+    with redirect_stdout(sys.stderr):
+        rows = load_conversations(args.dataset)
+        tokenizer = load_tokenizer(args.tokenizer)
+        tokens = render_all(rows, tokenizer, data_args)
+    if args.json:
+        for row in tokens:
+            print(json.dumps({name: row[name] for name in ("input_ids", "labels")}))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    for number, row in enumerate(tokens.select(range(min(args.num_examples, len(tokens))))):
+        show_example(console, number + 1, row, tokenizer)
+    show_summary(console, rows, tokens, args.task)
 
 
 def show_example(
     console: Console, number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The text of one conversation, what is in the loss in green."""
-    console.rule(f"{number}: {row['num_tokens']:,} tokens, {row['num_learnt']:,} in the loss")
+    console.rule(f"{number}: {row['num_tokens']:,} tokens, {row['num_loss_tokens']:,} in the loss")
     pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for is_learnt, run in groupby(pairs, key=lambda pair: pair[1] != -100):
+    for in_loss, run in groupby(pairs, key=lambda pair: pair[1] != -100):
         text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        console.print(Text(text, style="bold green" if is_learnt else "dim"), end="")
+        console.print(Text(text, style="bold green" if in_loss else "dim"), end="")
     console.print()
 
 
 def show_summary(console: Console, rows: Dataset, tokens: Dataset, task: str | None) -> None:
     """Counts, a histogram of the lengths and, for a task, what its packing and batches make."""
     lengths = tokens.data["num_tokens"].to_numpy()
-    learnt = tokens.data["num_learnt"].to_numpy()
+    learnt = tokens.data["num_loss_tokens"].to_numpy()
     table = Table(show_header=False)
     table.add_row("recognised as", ", ".join(rows.unique("shape")))
     table.add_row("conversations", f"{len(rows):,}")
@@ -108,8 +116,12 @@ def histogram(lengths: np.ndarray) -> Table:
 
 def epoch(tokens: Dataset, lengths: np.ndarray, task: str) -> list[tuple[str, str]]:
     """What an epoch of the recipe comes to."""
-    max_length, *factors = read_batch(task)
-    sequences = prod(factors)
+    recipe = TaskFile.read(Path(task))
+    config = parse_args([*recipe.flags, "--use_cpu=true"]).training
+    max_length = config.max_length or int(lengths.max())
+    sequences = (
+        config.per_device_train_batch_size * config.gradient_accumulation_steps * recipe.num_gpus
+    )
     fitting = tokens.select(np.flatnonzero(lengths <= max_length))
     if len(fitting) == 0:
         raise UserError(f"every conversation is longer than {task}'s --max_length {max_length}")
@@ -123,12 +135,6 @@ def epoch(tokens: Dataset, lengths: np.ndarray, task: str) -> list[tuple[str, st
     ]
 
 
-def read_batch(task: str) -> tuple[int, int, int, int]:
-    """(max_length, per-device batch, accumulation steps, GPUs) of a task file. Raises UserError."""
-    try:
-        config = yaml.safe_load(Path(task).read_text())
-        flags = [int(re.findall(rf"--{name} (\d+)", config["run"])[-1]) for name in FLAGS]
-        num_gpus = int(config["resources"]["accelerators"].split(":")[1]) * config["num_nodes"]
-    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{task} is no task file like those of this repository: {error}") from error
-    return flags[0], flags[1], flags[2], num_gpus
+if __name__ == "__main__":
+    with one_line_errors():
+        main(*arguments)

@@ -18,20 +18,7 @@ gpt-oss-120b-lora by unpacking its base, both full recipes by moving weights and
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-from rich.console import Console
-from rich.table import Table
-from transformers import GptOssConfig, HfArgumentParser
-
-from errors import one_line_errors
-from metrics import PEAK_FLOPS, flops_per_token
-from preview import read_batch
-from synthetic import MEAN_LENGTH, config_of
-
-# Bytes/s each way, data sheets: NVLink 4 of a GPU, eight 400 Gb/s cards of a node. A ring gets some
-# four fifths of them (nccl-tests' all_gather_perf on such machines).
-NVLINK, NETWORK, REACHED = 450e9, 8 * 50e9, 0.8
-HBM = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, data sheets
+from finetune.command_line import CommandLine
 
 
 @dataclass
@@ -41,6 +28,33 @@ class RooflineArguments:
     mfu: float = field(
         default=0.3, metadata={"help": "What one GPU reaches alone: bench.py measures it."}
     )
+
+
+def command_line() -> CommandLine:
+    parser = CommandLine(RooflineArguments, description=__doc__)
+    parser.add_argument("tasks", nargs="+", type=Path, help="task files")
+    return parser
+
+
+if __name__ == "__main__":
+    arguments, rest = command_line().parse_args_into_dataclasses()  # before imports that take 8 s
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+from transformers import GptOssConfig
+
+from finetune.arguments import parse_args
+from finetune.benchmark.synthetic import MEAN_LENGTH, config_of
+from finetune.errors import UserError, one_line_errors
+from finetune.model.flops import PEAK_FLOPS, flops_per_token
+from finetune.task_file import TaskFile
+
+# Bytes/s each way, data sheets: NVLink 4 of a GPU, eight 400 Gb/s cards of a node. A ring gets some
+# four fifths of them (nccl-tests' all_gather_perf on such machines).
+NVLINK, NETWORK, REACHED = 450e9, 8 * 50e9, 0.8
+HBM = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s, data sheets
 
 
 @dataclass(frozen=True)
@@ -99,58 +113,71 @@ def bytes_unpacked(config: GptOssConfig) -> int:
     return 3 * config.num_hidden_layers * a_layer * (17 + 64) // 32
 
 
-def add_row(table: Table, task: Path, *, mfu: float) -> None:
-    config = yaml.safe_load(task.read_text())
-    max_length, batch, accumulation, num_gpus = read_batch(str(task))
-    gpu = config["resources"]["accelerators"].split(":")[0]
-    model = config_of(task)
-    lora = "--use_peft true" in config["run"]
-    sharded = "fsdp2" in config["envs"]["ACCELERATE_CONFIG"]
-    parameters = count_parameters(model, lora_r=8)
+def add_row(table: Table, path: Path, *, mfu: float) -> None:
+    task = TaskFile.read(path)
+    config = parse_args([*task.flags, "--use_cpu=true"])
+    gpu, max_length = gpu_of(task), config.training.max_length
+    if max_length is None:
+        raise UserError(f"{path}: the length of a row is not known without --max_length")
+    tokens = max_length * config.training.per_device_train_batch_size
+    model, lora = config_of(config.model_id), config.model.use_peft
+    parameters = count_parameters(model, lora_r=config.model.lora_r)
 
     per_token = flops_per_token(model, context=MEAN_LENGTH, lora=lora) / (PEAK_FLOPS[gpu] * mfu)
-    computing = per_token * max_length * batch
-    moved = bytes_moved(parameters, sharded=sharded, lora=lora)
-    links = min(NVLINK, NETWORK) if config["num_nodes"] > 1 else NVLINK
-    moving = moved * (num_gpus - 1) / num_gpus / (links * REACHED)
-    unpacking = 0.0 if sharded or not lora else bytes_unpacked(model) / (HBM[gpu] * REACHED)
+    computing = per_token * tokens
+    moved = bytes_moved(parameters, sharded=task.is_sharded, lora=lora)
+    links = min(NVLINK, NETWORK) if task.num_nodes > 1 else NVLINK
+    moving = moved * (task.num_gpus - 1) / task.num_gpus / (links * REACHED)
+    unpacking = 0.0 if config.run.dequantize else bytes_unpacked(model) / (HBM[gpu] * REACHED)
     step = max(computing + unpacking, moving)
     parts = {"computing": computing, "unpacking": unpacking}
     bound = "moving" if moving == step else max(parts, key=lambda part: parts[part])
+    accumulated = config.training.gradient_accumulation_steps
     table.add_row(
-        task.stem,
-        f"{max_length * batch:,}",
+        path.stem,
+        f"{tokens:,}",
         f"{computing:.2f}",
         f"{unpacking:.2f}",
         f"{moving:.2f}",
         bound,
-        f"{max_length * batch / step:,.0f}",
+        f"{tokens / step:,.0f}",
         f"{moving / per_token:,.0f}",
-        f"{max_length * batch * accumulation * num_gpus:,}",
+        f"{tokens * accumulated * task.num_gpus:,}",
     )
 
 
-def main() -> None:
-    parser = HfArgumentParser(RooflineArguments)
-    parser.add_argument("tasks", nargs="+", type=Path)
-    with one_line_errors():
-        args, others = parser.parse_args_into_dataclasses()
-        table = Table(
-            "",
-            "tokens at once\nper GPU",
-            "computing\ns",
-            "unpacking\ns",
-            "moving\ns",
-            "bound by",
-            "tokens/s/GPU\nat most",
-            "computing takes\nover at tokens",
-            "tokens\na step",
-            title=f"On paper, computing at an MFU of {args.mfu:.0%}",
+def gpu_of(task: TaskFile) -> str:
+    """The data sheet's name of the task's GPU, for example H100 of H100-SXM.
+
+    Raises UserError if there is no data sheet of it here.
+    """
+    known = HBM.keys() & PEAK_FLOPS.keys()
+    found = [name for name in sorted(known) if name in task.accelerator]
+    if not found:
+        raise UserError(
+            f"the speed of {task.accelerator} is not known here, but of {', '.join(sorted(known))}"
         )
-        for task in others.tasks:
-            add_row(table, task, mfu=args.mfu)
-        Console(width=140).print(table)
+    return found[0]
+
+
+def main(args: RooflineArguments, paths: list[Path]) -> None:
+    table = Table(
+        "",
+        "tokens at once\nper GPU",
+        "computing\ns",
+        "unpacking\ns",
+        "moving\ns",
+        "bound by",
+        "tokens/s/GPU\nat most",
+        "computing takes\nover at tokens",
+        "tokens\na step",
+        title=f"On paper, computing at an MFU of {args.mfu:.0%}",
+    )
+    for path in paths:
+        add_row(table, path, mfu=args.mfu)
+    Console(width=140).print(table)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main(arguments, rest.tasks)

@@ -1,135 +1,139 @@
 """Fine-tune gpt-oss: all weights, or LoRA on every linear layer and every expert.
 
-    accelerate launch --config_file sft/ddp.yaml sft/train.py --use_peft true \
+    accelerate launch --config_file sft/ddp.yaml sft/train.py --use_peft true \\
         --model_name_or_path openai/gpt-oss-20b --dataset_name HuggingFaceH4/Multilingual-Thinking
 
-Every flag of TRL's SFTConfig, ModelConfig and ScriptArguments works; the task files show the ones
-to set.
+The flags are ours (finetune/arguments.py, finetune/data/options.py) and those of TRL's SFTConfig,
+ModelConfig and ScriptArguments; the task files show the ones to set.
 """
 
-import os
-import re
+from finetune.command_line import answer_help
+
+if __name__ == "__main__":
+    answer_help(__doc__)  # before the imports below, which take eight seconds
+
+import copy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accelerate.utils import broadcast_object_list
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, set_seed
-from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer
+from trl import SFTConfig
 
-from artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
-from attention import choose_attention
-from checkpoint import read_manifest, resume_from
-from data import load_datasets, mean_length
-from errors import one_line_errors
-from experts import keep_lora_beside_experts
-from fingerprint import check_same_run, fingerprint, held_out
-from flags import DataArguments, RunArguments, parse_args
-from launches import LaunchLog, cost, first_date, first_wandb_run, read_launches
-from metrics import EvaluateAtEnd, Throughput, flops_per_token, print_summary
-from model import load_model, load_tokenizer, lora_config
-from mxfp4 import leave_to_each_rank
-from plot import plot_losses
-from preemption import EXIT_STATUS
-from preflight import check_gpus, check_output_dir
-from resumable import ResumableSFTTrainer, RunFinished, StopIfFinished
-from saver import Saver
-from watchdog import Watchdog
-from weights import Checkpoint
+from finetune.arguments import Config, check_spelling, parse_args
+from finetune.checkpoint.artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
+from finetune.checkpoint.fingerprint import check_same_run, read_record, run_record
+from finetune.checkpoint.history import (
+    LaunchLog,
+    conversation_date,
+    interruption_cost,
+    read_launches,
+)
+from finetune.checkpoint.manifest import resume_from
+from finetune.checkpoint.saver import Saver
+from finetune.data.dataset import load_datasets, mean_length
+from finetune.errors import one_line_errors
+from finetune.model.attention import choose_attention
+from finetune.model.experts import use_grouped_lora
+from finetune.model.flops import flops_per_token
+from finetune.model.loading import load_model, load_tokenizer
+from finetune.model.lora import lora_config
+from finetune.model.mxfp4 import exclude_packed_from_ddp
+from finetune.model.weights import BaseWeights
+from finetune.node import check_gpus, check_output_dir
+from finetune.plot import plot_losses
+from finetune.preemption import EXIT_STATUS, PreemptionNotice
+from finetune.summary import print_summary
+from finetune.training.callbacks import EvaluateAtEnd, Throughput
+from finetune.training.tracking import configure_wandb
+from finetune.training.trainer import (
+    ResumableSFTTrainer,
+    RunFinished,
+    StopIfFinished,
+    configure_gradients,
+)
+from finetune.training.watchdog import Watchdog
 
 
-def configure_wandb(training_args: SFTConfig) -> None:
-    """W&B when a key is given: a run goes on in the W&B run of its first launch."""
-    training_args.report_to = ["wandb"] if os.environ.get("WANDB_API_KEY") else []
-    task_id = os.environ.get("SKYPILOT_TASK_ID")
-    run_id = first_wandb_run(training_args.output_dir)
-    if run_id or task_id:
-        run_id = run_id or re.sub(r"[^\w-]", "-", str(task_id))
-        os.environ.setdefault("WANDB_RUN_ID", run_id)
-        os.environ.setdefault("WANDB_NAME", f"{training_args.run_name} {run_id}")
-        os.environ.setdefault("WANDB_RESUME", "allow")
+def trainer_arguments(config: Config, *, checkpoint: str | None) -> SFTConfig:
+    """The flags as the trainer is given them. The base model is evaluated once, at step 0."""
+    args = copy.copy(config.training)
+    args.eval_on_start = args.eval_strategy != "no" and checkpoint is None
+    args.save_total_limit = None  # the saver deletes, once the next checkpoint is durable
+    return args
 
 
-def configure_gradients(trainer: SFTTrainer) -> None:
-    """Under FSDP2, add gradients up over the ranks in fp32, batch by batch; leave the loss alone.
+def train(config: Config) -> None:
+    """One launch of a run: resume or start, train, save, leave the artifact in `final`.
 
-    accelerate 1.15.0 sets all three dtypes of the policy to bf16, so that even the logged loss is
-    rounded to three digits; torchtitan's defaults are these. And while it accumulates batches it
-    keeps the gradient of the whole model on every GPU: 84 GB for 20b.
-
-    In data parallel, gradients lie in the buckets they are exchanged in: no second copy of them.
+    Exits with status 143 after a notice. Raises UserError for what a user can mend.
     """
-    accelerator = trainer.accelerator
-    if trainer.is_fsdp_enabled:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32
-        )
-        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
-    elif accelerator.ddp_handler is not None:
-        accelerator.ddp_handler.gradient_as_bucket_view = True
+    run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
+    set_seed(config.training.seed)
+    wandb_run_id = configure_wandb(str(run_dir), run_name=config.training.run_name)
+    tokenizer = load_tokenizer(config.model_id, revision=config.model.model_revision)
 
-
-def train(
-    script_args: ScriptArguments,
-    training_args: SFTConfig,
-    model_args: ModelConfig,
-    data_args: DataArguments,
-    run_args: RunArguments,
-) -> None:
-    model_id, revision = model_args.model_name_or_path, model_args.model_revision
-    run_dir = Path(training_args.output_dir)
-    set_seed(training_args.seed)
-    configure_wandb(training_args)
-    training_args.include_num_input_tokens_seen = "all"
-    tokenizer = load_tokenizer(model_id, revision=revision)
-    # The same on every rank, and for every launch of this run.
-    dates = broadcast_object_list([first_date(run_dir)])
-    data_args.conversation_start_date = data_args.conversation_start_date or dates[0]
-    train_dataset, eval_dataset = load_datasets(script_args, training_args, data_args, tokenizer)
-    checkpoint = resume_from(training_args.resume_from_checkpoint, training_args.output_dir)
-    num_processes = training_args.world_size
-    identity = fingerprint(
-        script_args, training_args, model_args, data_args, train_dataset, num_processes
+    # The date must be the same on every rank, and for every launch of this run.
+    (date,) = broadcast_object_list([conversation_date(run_dir)])
+    data_args = replace(
+        config.data, conversation_start_date=config.data.conversation_start_date or date
     )
-    if checkpoint and not run_args.ignore_fingerprint:
-        check_same_run(checkpoint, read_manifest(Path(checkpoint))["fingerprint"], identity)
-    # What the base model scores: to be said once, by the first launch.
-    training_args.eval_on_start = training_args.eval_strategy != "no" and checkpoint is None
-    attention = model_args.attn_implementation or choose_attention()
-    weights = Checkpoint(model_id, revision=revision)
-    dequantize = bool(run_args.dequantize)
-    model = load_model(weights, attn_implementation=attention, dequantize=dequantize)
+    train_dataset, eval_dataset = load_datasets(
+        config.script, config.training, data_args, tokenizer
+    )
 
+    checkpoint = resume_from(config.training.resume_from_checkpoint, str(run_dir))
+    record = run_record(
+        config,
+        train_dataset,
+        conversation_start_date=data_args.conversation_start_date,
+        num_processes=num_processes,
+    )
+    if checkpoint and not config.run.ignore_fingerprint:
+        check_same_run(checkpoint, read_record(Path(checkpoint)), record)
+
+    attention = config.model.attn_implementation or choose_attention()
+    weights = BaseWeights(config.model_id, revision=config.model.model_revision)
+    model = load_model(
+        weights, attn_implementation=attention, dequantize=bool(config.run.dequantize)
+    )
+    notice = PreemptionNotice()
+    notice.listen()  # until here SIGTERM ends the process: there is nothing to save
     saver = Saver(
         run_dir,
-        every_minutes=run_args.save_every_minutes,
-        keep=training_args.save_total_limit,
-        manifest={"num_processes": num_processes, "fingerprint": identity},
+        notice=notice,
+        every_minutes=config.run.save_every_minutes,
+        keep=config.training.save_total_limit,
+        manifest={"num_processes": num_processes, "fingerprint": record.identity()},
     )
     trainer = ResumableSFTTrainer(
         model=model,
-        args=training_args,
+        args=trainer_arguments(config, checkpoint=checkpoint),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=lora_config(model, model_args),
+        peft_config=lora_config(model, config.model),
         callbacks=[
             StopIfFinished(),
             EvaluateAtEnd(),
-            LaunchLog(run_dir, saver, wandb_run_id=os.environ.get("WANDB_RUN_ID")),
+            LaunchLog(run_dir, saver, wandb_run_id=wandb_run_id),
             # Before NCCL's own timeout, which names no rank.
-            Watchdog(timeout=0.8 * training_args.ddp_timeout, is_excused=lambda: saver.is_waiting),
+            Watchdog(
+                timeout=0.8 * config.training.ddp_timeout, is_excused=lambda: saver.is_waiting
+            ),
         ],
         saver=saver,
         weights=weights,
     )
-    leave_to_each_rank(trainer.model)
-    keep_lora_beside_experts(trainer.model)
+    exclude_packed_from_ddp(trainer.model)
+    use_grouped_lora(trainer.model)
     configure_gradients(trainer)
     throughput = Throughput(
-        flops_per_token(model.config, context=mean_length(train_dataset), lora=model_args.use_peft),
+        flops_per_token(
+            model.config, context=mean_length(train_dataset), lora=config.model.use_peft
+        ),
         num_processes=num_processes,
     )
     if not trainer.is_world_process_zero():
@@ -153,25 +157,27 @@ def train(
         seconds = time.monotonic() - saver.noticed_at
         say(f"preempted, and saved at step {trainer.state.global_step} within {seconds:.1f} s")
         sys.exit(EXIT_STATUS)
-    summary = throughput.summary(trainer.state) | cost(read_launches(run_dir))
+
+    summary = throughput.summary(trainer.state) | interruption_cost(read_launches(run_dir))
     summary["artifact"] = str(artifact)
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=training_args.run_name)
+        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=config.training.run_name)
     save_artifact(
         trainer.accelerator,
         trainer.model_wrapped,
         tokenizer,
         artifact=artifact,
-        summary=summary | {"run": identity | held_out(script_args, training_args)},
+        summary=summary | {"run": record.to_json()},
     )
     if trainer.is_world_process_zero():
-        print_summary(summary, title=f"{training_args.run_name}: finished")
+        print_summary(summary, title=f"{config.training.run_name}: finished")
     trainer.end()
 
 
 if __name__ == "__main__":
     with one_line_errors():
+        check_spelling()
         check_gpus()
-        arguments = parse_args()
-        check_output_dir(arguments[1].output_dir)
-        train(*arguments)
+        parsed = parse_args()
+        check_output_dir(parsed.training.output_dir)
+        train(parsed)

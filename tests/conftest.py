@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from openai_harmony import HarmonyEncoding, HarmonyEncodingName, load_harmony_encoding
 from transformers import PreTrainedTokenizerBase
 
+from helpers.launching import Launch, Start, defaults, finish
+from helpers.paths import CONVERSATIONS, CPU_ENVS, REPO, VOCABULARY
+from helpers.vocabulary import fetch_ranks, make_tokenizer
 from rehearse import kill_node
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
-from vocabulary import fetch_ranks, make_tokenizer
-
-REPO = Path(__file__).resolve().parents[1]
-CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
-VOCABULARY = REPO / ".cache/vocabulary"
-TASK_FILES = sorted(REPO.glob("*.yaml"))
-
-CPU_ENVS = {
-    "PYTHONPATH": str(REPO / "tests/rehearsal/cpu"),
-    "ACCELERATE_USE_CPU": "true",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "WANDB_API_KEY": "",
-}
-
-Launch = Callable[..., subprocess.CompletedProcess[str]]
-Start = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="session")
@@ -106,31 +91,3 @@ def launch(start: Start) -> Launch:
         return finish(start(config, *flags, **options))
 
     return run
-
-
-def finish(launcher: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a launcher's end and hold what it printed."""
-    stdout, stderr = launcher.communicate(timeout=300)
-    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
-
-
-def defaults(model: Path, output_dir: Path) -> list[str]:
-    """Flags of a run of four short steps."""
-    return [
-        f"--model_name_or_path={model}",
-        f"--dataset_name={CONVERSATIONS}",
-        f"--output_dir={output_dir / 'run'}",
-        "--run_name=test",
-        "--use_cpu=true",
-        "--packing=true",
-        "--max_length=256",
-        "--truncate=true",
-        "--max_steps=4",
-        "--save_steps=2",
-        "--learning_rate=1e-2",
-        "--activation_checkpointing=true",
-        "--per_device_train_batch_size=1",
-        "--logging_steps=1",
-        "--disable_tqdm=true",
-        "--resume_from_checkpoint=true",
-    ]

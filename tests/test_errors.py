@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CPU_ENVS, REPO
+from helpers.paths import CPU_ENVS, REPO
 
 SCRIPT = """
 import sys
 from accelerate import PartialState
-from errors import UserError, one_line_errors
+from finetune.errors import UserError, one_line_errors
 state = PartialState(cpu=True)
 with one_line_errors():
     if sys.argv[1] in ("all", str(state.process_index)):

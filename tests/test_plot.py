@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import pyplot
 
-from plot import plot_losses
+from finetune.plot import plot_losses
 
 HISTORY = [
     {"step": 0, "eval_loss": 3.0},

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from conftest import REPO
-from preemption import EXIT_STATUS, SAME_NOTICE_SECONDS
+from finetune.preemption import EXIT_STATUS, SAME_NOTICE_SECONDS
+from helpers.paths import REPO
 
 PROGRAM = """
 import sys
-from preemption import PreemptionNotice
+from finetune.preemption import PreemptionNotice
 notice = PreemptionNotice()
 for line in sys.stdin:
     print(notice.received, flush=True)

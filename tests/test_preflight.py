@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from conftest import CPU_ENVS, REPO, defaults
-from errors import one_line_errors
+from finetune.errors import one_line_errors
+from helpers.launching import defaults
+from helpers.paths import CPU_ENVS, REPO
 from preflight import main
 
 Preflight = Callable[..., str]

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from conftest import REPO, TASK_FILES
+from helpers.paths import REPO, TASK_FILES
 
 README = (REPO / "README.md").read_text()
 

@@ -174,7 +174,7 @@ def run(
     return attempt
 
 
-def compare(artifact: Path, base: Path) -> tuple[float, str]:
+def compare_with_base(artifact: Path, base: Path) -> tuple[float, str]:
     """Load the artifact as its users will. The largest change of a logit on a prompt, and a sample.
 
     Raises AssertionError if its logits are not finite or are the base model's.
@@ -232,7 +232,7 @@ def rehearse(task_file: Path, *, dataset: str) -> None:
         sys.exit(1)
     console.rule("launched again")
     second = run(script, envs, log=work / "launch-2.log")
-    change, sample = compare(run_dir / "final", base)
+    change, sample = compare_with_base(run_dir / "final", base)
 
     resumed = [line for line in second.lines if line.startswith("resuming from")]
     losses = [*first.losses, *second.losses]

@@ -1,0 +1,7 @@
+"""What the scripts in sft/ are made of.
+
+Imports point one way, from the scripts down (tests/test_imports.py checks it):
+
+    scripts -> benchmark -> training, evaluation, export -> checkpoint -> arguments -> data, model
+            -> task_file, node, preemption, summary, plot, command_line -> errors
+"""

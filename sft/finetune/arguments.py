@@ -1,0 +1,164 @@
+"""The flags of a training run: TRL's dataclasses and ours, parsed once into a Config."""
+
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
+
+from transformers.integrations import get_available_reporting_integrations
+from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
+
+from finetune.command_line import one_line
+from finetune.data.options import DataArguments, check_data_arguments
+from finetune.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What TRL's own flags lack."""
+
+    save_every_minutes: float = field(
+        default=5.0,
+        metadata={"help": "Save whenever this long has passed; a save must reach the bucket too."},
+    )
+    ignore_fingerprint: bool = field(
+        default=False, metadata={"help": "Resume even a checkpoint of a run defined otherwise."}
+    )
+    dequantize: bool | None = field(
+        default=None,
+        metadata={"help": "Unpack MXFP4 experts to bf16 once. Unset: only where they are trained."},
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every flag of a run. Nothing changes it after parse_args."""
+
+    script: ScriptArguments
+    training: SFTConfig
+    model: ModelConfig
+    data: DataArguments
+    run: RunArguments
+
+    @property
+    def model_id(self) -> str:
+        """The hub's name or the folder of the model that is trained."""
+        assert self.model.model_name_or_path is not None  # parse_args has checked it
+        return self.model.model_name_or_path
+
+    @property
+    def dataset(self) -> str:
+        """The sources of the conversations, as data/sources.py reads them."""
+        assert self.script.dataset_name is not None  # parse_args has checked it
+        return self.script.dataset_name
+
+
+class TrainingParser(TrlParser):
+    """TRL's parser; a mistake is a UserError instead of the usage of 160 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"flags: {one_line(message, list(self._option_string_actions))}")
+
+
+def training_parser() -> TrainingParser:
+    return TrainingParser((ScriptArguments, SFTConfig, ModelConfig, DataArguments, RunArguments))
+
+
+def check_spelling(args: list[str] | None = None) -> None:
+    """Raise UserError for a flag that does not exist or a value of the wrong type.
+
+    Called before the GPUs are looked at, which SFTConfig does too while it is made.
+    """
+    if "--config" not in (args or sys.argv):  # a file's values count as well: parse_args reads it
+        training_parser().parse_args(args)
+
+
+def parse_args(args: list[str] | None = None) -> Config:
+    """Parse the flags, by default those of the command line.
+
+    Raises UserError for unknown flags, wrong values and flags that contradict each other.
+    """
+    try:
+        config = Config(*training_parser().parse_args_and_config(args))
+    except (ValueError, OSError) as error:
+        raise UserError(f"flags: {error}") from error
+    check_flags(config)
+    check_unused_flags(config)
+    check_data_arguments(config.data)
+    return resolved(config)
+
+
+def resolved(config: Config) -> Config:
+    """The Config with what was left open decided. Raises UserError if that cannot be trained."""
+    training, run = config.training, config.run
+    dequantize = not config.model.use_peft if run.dequantize is None else run.dequantize
+    if not (dequantize or config.model.use_peft):
+        raise UserError(
+            "--dequantize false keeps experts in MXFP4, which cannot be trained: it is for LoRA, "
+            "add --use_peft true or remove it"
+        )
+    # Published checkpoints carry 0.9, a coefficient of pre-training, and trl takes it from the
+    # config unless told: the loss would be drowned. The published router is balanced already.
+    if training.router_aux_loss_coef is None:
+        training.router_aux_loss_coef = 0.0
+    training.include_num_input_tokens_seen = "all"
+    training.report_to = ["wandb"] if os.environ.get("WANDB_API_KEY") else []
+    return replace(config, run=replace(run, dequantize=dequantize))
+
+
+def check_flags(config: Config) -> None:
+    """Raise UserError for flags that are missing or contradict each other."""
+    model = config.model
+    if not model.model_name_or_path:
+        raise UserError("no model: set --model_name_or_path (MODEL in the task file)")
+    if not config.script.dataset_name:
+        raise UserError("no dataset: set --dataset_name (DATASET in the task file)")
+    defaults = ModelConfig()
+    changed = [
+        name
+        for name in vars(defaults)
+        if name.startswith("lora_") and getattr(model, name) != getattr(defaults, name)
+    ]
+    if changed and not model.use_peft:
+        raise UserError(
+            f"--{changed[0]} is for LoRA, but this run trains all weights: "
+            "add --use_peft true or remove it"
+        )
+    if model.use_peft and model.lora_dropout:
+        raise UserError("--lora_dropout must be 0: PEFT adapts expert weights without dropout only")
+    if model.load_in_4bit or model.load_in_8bit:
+        raise UserError(
+            "--load_in_4bit/8bit: bitsandbytes does not know gpt-oss's experts; remove it"
+        )
+
+
+def check_unused_flags(config: Config) -> None:
+    """Raise UserError for flags of TRL's that would be ignored here, or fail on every rank."""
+    script, training, model = config.script, config.training, config.model
+    asked = training.report_to or []
+    # What `all` stands for; trl's default is nothing.
+    reports = [] if asked == get_available_reporting_integrations() else asked
+    refusals = {
+        "--use_dora: DoRA does not know expert weights; remove it": model.use_dora,
+        "--dataset_streaming: datasets are tokenised once and memory-mapped; remove it": (
+            script.dataset_streaming
+        ),
+        "--completion_only_loss: what is in the loss is set by --train_on; remove it": (
+            training.completion_only_loss is not None
+        ),
+        "--assistant_only_loss: --train_on assistant is that, and the default; remove it": (
+            training.assistant_only_loss
+        ),
+        "--use_liger_kernel: liger-kernel is not installed, nor knows these experts; remove it": (
+            training.use_liger_kernel
+        ),
+        "--dtype: weights are trained in bfloat16; remove it": (
+            model.dtype not in ("auto", "bfloat16", ModelConfig().dtype)
+        ),
+        "--report_to: only W&B is reported to, where WANDB_API_KEY is set; remove it": bool(
+            set(reports) - {"wandb", "kubeflow"}
+        ),
+    }
+    for message, is_refused in refusals.items():
+        if is_refused:
+            raise UserError(message)

@@ -1,0 +1,56 @@
+"""Errors a user can act on: one line that says what was wrong, where, and what to do."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from safetensors import SafetensorError
+
+
+class UserError(Exception):
+    """Something the user can mend. Its message is the whole line the user reads."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a UserError or a full disk into one line on stderr, printed once, and exit status 1."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"no space left writing {error.filename or 'a file'}: free some, or raise disk_size")
+    except SafetensorError as error:
+        if os.strerror(errno.ENOSPC) not in str(error):
+            raise
+        fail("no space left writing the weights: free some, or raise disk_size")
+
+
+def fail(message: str) -> NoReturn:
+    """Print `error: message`, its further lines indented, once, and exit with status 1."""
+    if is_first_to_fail():
+        lines = [" ".join(line.split()) for line in message.splitlines()]
+        print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
+    sys.exit(1)
+
+
+def is_first_to_fail() -> bool:
+    """Whether this rank should print: one does, whether all of them fail together or one alone."""
+    if "RANK" not in os.environ:
+        return True
+    # Imported here: a tool that runs on its own must start, and fail, without torch.
+    from accelerate import PartialState
+    from torch.distributed import DistError, is_initialized
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    if PartialState().num_processes == 1 or not is_initialized():
+        return PartialState().is_main_process
+    try:
+        return _get_default_store().add("failed", 1) == 1
+    except DistError:  # the process that hosts the store has ended
+        return True

@@ -1,0 +1,7 @@
+"""Did it help? Scores and generated turns of a model.
+
+In: a model, tokenised conversations, prompts. Out: loss, perplexity and token accuracy by channel;
+generated turns and whether they are valid harmony, in the language asked for.
+
+scoring.score, generation.generate, language.language_of, report.print_report
+"""

@@ -1,0 +1,93 @@
+"""gpt-oss as it is trained here: made where its weights will be, experts found for LoRA."""
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
+from finetune.errors import UserError
+from finetune.model.attention import isolate_packed_sequences
+from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts
+from finetune.model.weights import BaseWeights, fill
+
+
+def load_config(model_id: str, *, revision: str = "main") -> GptOssConfig:
+    """Read the model's config. Raises UserError if it cannot be had or is not gpt-oss."""
+    try:
+        config = AutoConfig.from_pretrained(model_id, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {model_id!r} cannot be read: give a hub name (is the hub reachable?) "
+            f"or a folder with config.json; {str(error).splitlines()[0]}"
+        ) from error
+    if config.model_type != "gpt_oss":
+        raise UserError(
+            f"model {model_id!r} is {config.model_type!r}, not gpt_oss: set MODEL to "
+            "openai/gpt-oss-20b, openai/gpt-oss-120b or a fine-tune of one"
+        )
+    return config
+
+
+def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokenizerBase:
+    """Read the tokenizer with its chat template. Raises UserError if it cannot be had."""
+    try:
+        return AutoTokenizer.from_pretrained(model_id, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if Path(model_id).is_dir() and not (Path(model_id) / "tokenizer.json").exists():
+            reason = "the folder holds no tokenizer.json: copy it from the model it was made from"
+        raise UserError(f"the tokenizer of {model_id!r} cannot be read; {reason}") from error
+
+
+def meta_model(config: GptOssConfig) -> GptOssForCausalLM:
+    """gpt-oss in bf16 without any weights: its parameters have shapes and no values."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # what is trained and saved is not quantized
+    with torch.device("meta"):
+        # Not from_config: under ZeRO-3 it would share out weights that are not there yet.
+        return GptOssForCausalLM(config).to(torch.bfloat16)
+
+
+def load_model(
+    weights: BaseWeights, *, attn_implementation: str, dequantize: bool = True
+) -> GptOssForCausalLM:
+    """gpt-oss with the weights of a checkpoint, bf16 but for experts stored in MXFP4, which stay so
+    unless dequantize is set, where this process will train them.
+
+    Under FSDP2 it stays on the meta device: weights.shard_and_fill, called when the adapter is in
+    its place, has each rank read its share. Raises UserError if MXFP4 would have to be sharded.
+    """
+    config = load_config(weights.model_id, revision=weights.revision)
+    config.use_cache = False
+    config._attn_implementation = attn_implementation
+    config._experts_implementation = EXPERTS_IMPLEMENTATION
+    config.dtype = torch.bfloat16
+    register_experts()
+    model = meta_model(config)
+    with suppress(OSError):  # it is optional
+        model.generation_config = GenerationConfig.from_pretrained(
+            weights.model_id, revision=weights.revision
+        )
+    isolate_packed_sequences(model)
+
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    offloaded = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+    if (sharded or offloaded) and not dequantize:
+        raise UserError(
+            "an MXFP4 base is not sharded, every GPU holds all of it: set ACCELERATE_CONFIG to "
+            "/sft/ddp.yaml, or add --dequantize true"
+        )
+    if not sharded:
+        device = torch.device("cpu") if offloaded else PartialState().device
+        fill(model, weights, device=device, dequantize=dequantize)
+    return model

@@ -1,0 +1,76 @@
+"""This node, as SkyPilot and the task file set it up: its GPUs, the bucket's mount, W&B's key.
+
+The only module that reads SKYPILOT_* and CHECKPOINT_BUCKET. Every check is made before a GPU is
+used, and raises UserError with what to do.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from finetune.errors import UserError
+
+BUCKET_MOUNT = "/checkpoints"
+
+
+def num_gpus() -> int:
+    """GPUs of this node that the task asked for."""
+    return int(os.environ.get("SKYPILOT_NUM_GPUS_PER_NODE", 1))
+
+
+def num_processes() -> int:
+    """Ranks of the whole run, one a GPU."""
+    return int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()
+
+
+def task_id() -> str | None:
+    """SkyPilot's id of this task, the same for every recovery of a managed job; None elsewhere."""
+    return os.environ.get("SKYPILOT_TASK_ID")
+
+
+def check_gpus() -> None:
+    """Raise UserError if this node has fewer usable GPUs than ranks."""
+    import torch  # here, so that tools without a GPU start in a second
+
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+    if not use_cpu and torch.cuda.device_count() < num_gpus():
+        raise UserError(
+            f"{torch.cuda.device_count()} GPUs are usable, {num_gpus()} wanted: "
+            "does nvidia-smi work on this node?"
+        )
+
+
+def check_output_dir(output_dir: str) -> None:
+    """Raise UserError if checkpoints cannot be kept there: not mounted, not writable, full."""
+    bucket = os.environ.get("CHECKPOINT_BUCKET")
+    if bucket and output_dir.startswith(BUCKET_MOUNT) and not os.path.ismount(BUCKET_MOUNT):
+        raise UserError(
+            f"CHECKPOINT_BUCKET is {bucket!r} but nothing is mounted at {BUCKET_MOUNT}: restore "
+            "its lines in file_mounts, or set it to '' to keep checkpoints on the node's disk"
+        )
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as probe:
+            probe.write(b"0" * 4096)
+    except OSError as error:
+        raise UserError(
+            f"{output_dir} cannot be written ({error.strerror}): it keeps the checkpoints"
+        ) from error
+    if shutil.disk_usage(output_dir).free < 2**30:
+        raise UserError(f"less than 1 GiB is free at {output_dir}: it keeps the checkpoints")
+
+
+def check_wandb_key() -> None:
+    """Raise UserError if W&B would refuse the form of WANDB_API_KEY; its value is never shown."""
+    from wandb.sdk.lib.wbauth.validation import check_api_key  # here: wandb takes a second
+
+    key = os.environ.get("WANDB_API_KEY")
+    problem = check_api_key(key) if key else None
+    if key and key != key.strip():
+        problem = "API key cannot start or end with whitespace."
+    if problem:
+        raise UserError(
+            f"WANDB_API_KEY is not a key ({problem.rstrip('.')}): "
+            "copy it from https://wandb.ai/authorize, or set it to '' to train without W&B"
+        )

@@ -1,0 +1,54 @@
+"""The table a person reads at the end of a run."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from transformers import TrainerState
+
+
+def evaluations(state: "TrainerState") -> dict[str, list[float | None]]:
+    """Of the held-out share, [before, after] training: loss, perplexity, token accuracy (0 to 1).
+
+    before is None if no launch of the run evaluated at step 0; nothing if none ever did.
+    """
+    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    if not entries:
+        return {}
+    first, last = entries[0] if entries[0]["step"] == 0 else {}, entries[-1]
+    losses = [entry.get("eval_loss") for entry in (first, last)]
+    accuracies = [entry.get("eval_mean_token_accuracy") for entry in (first, last)]
+    named = {
+        "eval_loss": losses,
+        "eval_perplexity": [None if loss is None else perplexity(loss) for loss in losses],
+        "eval_token_accuracy": accuracies,
+    }
+    return {
+        name: [None if value is None else round(value, 4) for value in values]
+        for name, values in named.items()
+    }
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), infinite where a float cannot hold it."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def print_summary(summary: dict[str, Any], *, title: str) -> None:
+    """Print the table a person reads at the end of a run."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
+    for name, value in summary.items():
+        table.add_row(name.replace("_", " "), as_text(value))
+    Console(width=100).print(table)
+
+
+def as_text(value: Any) -> str:
+    """[before, after] with an arrow; integers with commas."""
+    if isinstance(value, list):
+        return " -> ".join("not evaluated" if part is None else str(part) for part in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)

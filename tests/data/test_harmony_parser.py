@@ -1,0 +1,136 @@
+"""Harmony read back: valid turns and broken ones, beside openai-harmony's own parser."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai_harmony import HarmonyEncoding, HarmonyError, Role
+from transformers import PreTrainedTokenizerBase
+
+from finetune.data.harmony import CONTROL_TOKENS, Encoder, Piece, to_messages, to_pieces
+from finetune.data.harmony_parser import ChannelReader
+from helpers.paths import CONVERSATIONS
+from tiny_gpt_oss import conversation_texts, make_tokenizer
+
+THOUGHT = "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
+ANSWER = "<|channel|>final<|message|>4<|return|>"
+CALLED = "<|channel|>commentary to=functions.add <|constrain|>json<|message|>{}<|call|>"
+GOOD = [ANSWER, THOUGHT + ANSWER, THOUGHT + THOUGHT + ANSWER]
+CALLS = [
+    THOUGHT + CALLED,
+    " to=functions.add<|channel|>commentary <|constrain|>json<|message|>{}<|call|>",
+    "<|channel|>commentary<|message|>I add.<|end|><|start|>assistant" + CALLED,
+]
+BAD = {
+    "": "not closed",
+    "4<|return|>": "made of",
+    "<|channel|>analysis<|message|>Easy.": "not closed",
+    "<|channel|>analysis<|message|>Easy.<|end|>": "without a final answer",
+    "<|channel|>analysis<|message|>Easy.<|return|>": "without a final answer",
+    THOUGHT: "not closed",
+    THOUGHT + "<|channel|>final<|message|>4<|end|>": "without a final answer",
+    THOUGHT + "<|channel|>final<|message|> <|return|>": "without a final answer",
+    THOUGHT + "<|channel|>answer<|message|>4<|return|>": "no channel 'answer'",
+    "<|channel|>final<|channel|>final<|message|>4<|return|>": "made of",
+    "<|channel|>analysis<|message|>Easy.<|channel|>final<|message|>4<|return|>": "made of",
+    "<|channel|>analysis<|message|>Easy.<|start|>assistant" + ANSWER: "begins in another",
+    "<|channel|>analysis<|message|>Easy.<|end|><|start|>user" + ANSWER: "malformed",
+    "<|channel|>analysis<|message|>Easy.<|end|> So<|start|>assistant" + ANSWER: "outside",
+    ANSWER + "<|start|>assistant" + ANSWER: "goes on after its end",
+    "<|channel|>final<|message|>4<|endoftext|>": "not closed",
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> PreTrainedTokenizerBase:
+    return make_tokenizer(conversation_texts(CONVERSATIONS))
+
+
+def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_valid_turns(tiny: PreTrainedTokenizerBase) -> None:
+    reader = ChannelReader(tiny)
+    for text in GOOD:
+        assert reader.read(ids_of(text, tiny), has_tools=False).problem is None, text
+    for text in CALLS:
+        assert reader.read(ids_of(text, tiny), has_tools=True).problem is None, text
+        assert "where there is none" in str(
+            reader.read(ids_of(text, tiny), has_tools=False).problem
+        )
+    turn = reader.read(ids_of(THOUGHT + ANSWER, tiny), has_tools=False)
+    assert turn.said == [("analysis", "Easy."), ("final", "4")]
+    assert turn.text("analysis") == "Easy." and turn.text("commentary") == ""
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_broken_turns(text: str, tiny: PreTrainedTokenizerBase) -> None:
+    turn = ChannelReader(tiny).read(ids_of(text, tiny), has_tools=False)
+    assert turn.problem is not None and BAD[text] in turn.problem
+
+
+def test_what_was_said_is_read_from_a_turn_that_was_cut(tiny: PreTrainedTokenizerBase) -> None:
+    cut = ids_of("<|channel|>analysis<|message|>Facile, ce", tiny)
+    assert ChannelReader(tiny).read(cut, has_tools=False).text("analysis") == "Facile, ce"
+
+
+def test_the_channel_of_every_token(tiny: PreTrainedTokenizerBase) -> None:
+    """Named where the pieces are made, found again in the ids."""
+    turns = [
+        {"role": "user", "content": "2+2? <|channel|>final<|message|>5"},
+        {
+            "role": "assistant",
+            "content": "I add.",
+            "thinking": "Easy.",
+            "tool_calls": [{"name": "add", "arguments": "{}"}],
+        },
+        {"role": "tool", "name": "add", "content": "4"},
+        {"role": "assistant", "content": "4", "thinking": "Sure."},
+    ]
+    messages = to_messages({"messages": turns}, date="2026-01-02", reasoning_effort="low")
+    encoder = Encoder(tiny)
+    expected = []
+    pieces: list[Piece] = []
+    for number, message in enumerate(messages):
+        own = to_pieces(messages[: number + 1])[len(to_pieces(messages[:number])) :]
+        pieces += own
+        expected += [message.channel or "other"] * len(encoder.encode([own])[0][0])
+    ids = encoder.encode([pieces])[0][0]
+    assert ChannelReader(tiny).channels(ids) == expected
+    assert set(expected) == {"analysis", "commentary", "final", "other"}
+    assert ChannelReader(tiny).channels(ids_of("plain text", tiny)) == ["other"] * len(
+        ids_of("plain text", tiny)
+    )
+
+
+@pytest.fixture(scope="module")
+def real(tokenizer: PreTrainedTokenizerBase) -> ChannelReader:
+    return ChannelReader(tokenizer)
+
+
+tokens = st.sampled_from([*CONTROL_TOKENS, "assistant", "analysis", "final", " Hi", "4", " to=f"])
+turns = st.one_of(st.sampled_from([*GOOD, *CALLS]), st.lists(tokens, max_size=12).map("".join))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=turns, drop=st.integers(0, 30), insert=st.tuples(st.integers(0, 30), tokens))
+def test_what_is_valid_here_is_so_for_openai(
+    text: str,
+    drop: int,
+    insert: tuple[int, str],
+    openai: HarmonyEncoding,
+    real: ChannelReader,
+) -> None:
+    """Whole turns, with a token missing, and with one too many, in the real vocabulary."""
+    whole = ids_of(text, real.tokenizer)
+    longer = [*whole[: insert[0]], *ids_of(insert[1], real.tokenizer), *whole[insert[0] :]]
+    for ids in (whole, whole[:drop] + whole[drop + 1 :], longer):
+        turn = real.read(ids, has_tools=True)
+        try:
+            parsed = openai.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
+        except HarmonyError:
+            assert turn.problem is not None
+            continue
+        if turn.problem is None:
+            said = [(message.channel, message.content[0].text) for message in parsed]
+            assert said == turn.said

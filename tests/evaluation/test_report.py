@@ -1,0 +1,44 @@
+"""What a person reads of an evaluation, and what reaches W&B."""
+
+import json
+from pathlib import Path
+
+import pytest
+import wandb
+
+from finetune.evaluation.report import print_report, send_to_wandb
+from helpers.evaluations import EVALUATION
+
+
+def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(EVALUATION, title="my run")
+    printed = capsys.readouterr().out
+    for part in (
+        "my run",
+        "1,234",
+        "2.0000 -> 1.5000",
+        "7.389 -> 4.482",
+        "50.0% -> 62.5%",
+        "0% -> 100%",
+        "none -> 100%",
+        "[not markup]",
+        "(a message is not closed)",
+    ):
+        assert part in printed, part
+
+
+def test_it_goes_to_the_runs_own_wandb_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    send_to_wandb(EVALUATION, run_dir=tmp_path)
+    assert "not sent" in capsys.readouterr().out and not list(tmp_path.glob("wandb/*"))
+    (tmp_path / "launches").mkdir()
+    for number, run_id in enumerate([None, "my-id"]):
+        (tmp_path / f"launches/{number:04}.json").write_text(json.dumps({"wandb_run_id": run_id}))
+    send_to_wandb(EVALUATION, run_dir=tmp_path)
+    wandb.teardown()  # else every later run of this process's children shares its service
+    (run,) = tmp_path.glob("wandb/offline-run-*-my-id")
+    logged = (run / "run-my-id.wandb").read_bytes()
+    assert b"token_accuracy" in logged and b"valid_harmony" in logged

@@ -1,0 +1,60 @@
+"""What a LoRA run leaves behind, without the run: an adapter of random numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from transformers import GptOssForCausalLM
+from trl import ModelConfig
+
+from export import open_base, open_merged
+from finetune.checkpoint.fingerprint import model_revision
+from finetune.export.merge import MergedWeights
+from finetune.export.source import find_run_weights
+from finetune.model.loading import load_config
+from finetune.model.lora import lora_config
+from helpers.paths import CONVERSATIONS
+
+RANK, ALPHA = 4, 32
+
+
+def save_adapter_run(
+    run_dir: Path, base: Path, *, std: float = 0.05, **flags: Any
+) -> dict[str, Any]:
+    """run_dir/final as train.py writes it; its fingerprint. std: of lora_B, 0 changes nothing."""
+    config = load_config(str(base))
+    del config.quantization_config
+    with torch.device("meta"):
+        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    defaults = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
+    args = ModelConfig(use_peft=True, **(defaults | flags))
+    peft_model = get_peft_model(model, lora_config(model, args), low_cpu_mem_usage=True)
+    generator = torch.Generator().manual_seed(0)
+    state_dict = {}
+    for name, parameter in peft_model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            values = torch.randn(parameter.shape, generator=generator)
+            state_dict[name] = values * (std if "lora_B" in name else 0.05)
+    peft_model.peft_config["default"].base_model_name_or_path = str(base)
+    peft_model.save_pretrained(
+        run_dir / "final", state_dict=state_dict, save_embedding_layers=False
+    )
+    identity = {
+        "model": str(base),
+        "model_revision": model_revision(str(base), revision="main"),
+        "dataset": str(CONVERSATIONS),
+        "conversation_start_date": "2026-01-02",
+        "test_split_size": 0.0,
+        "seed": 0,
+        "use_peft": True,
+    } | {name: getattr(args, name) for name in ("lora_r", "lora_alpha", "use_rslora")}
+    summary = {"steps": 4, "run": identity}
+    (run_dir / "final/summary.json").write_text(json.dumps(summary))
+    return identity
+
+
+def open_run(run_dir: Path) -> MergedWeights:
+    trained = find_run_weights(run_dir)
+    return open_merged(trained, open_base(trained, None))[0]

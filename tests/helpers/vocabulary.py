@@ -1,0 +1,78 @@
+"""gpt-oss's real vocabulary of 201,088 tokens, without a model hub: npm's js-tiktoken carries it.
+
+python tests/helpers/vocabulary.py FOLDER    gpt-oss's tokenizer, for `make preview` offline
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+from trl import chat_template_utils
+
+PACKAGE = "js-tiktoken@1.0.21"
+RANKS_FILE = "o200k_base.tiktoken"  # as openai-harmony and tiktoken look for it
+RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
+FIRST_SPECIAL, VOCAB_SIZE = 199_998, 201_088
+SPECIAL_TOKENS = {
+    199_998: "<|startoftext|>",
+    199_999: "<|endoftext|>",
+    200_002: "<|return|>",
+    200_003: "<|constrain|>",
+    200_005: "<|channel|>",
+    200_006: "<|start|>",
+    200_007: "<|end|>",
+    200_008: "<|message|>",
+    200_012: "<|call|>",
+    200_018: "<|endofprompt|>",
+}
+
+
+def fetch_ranks(folder: Path) -> None:
+    """Leave RANKS_FILE and its pattern in folder. Raises OSError or CalledProcessError offline."""
+    if (folder / RANKS_FILE).exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), PACKAGE]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with tarfile.open(next(folder.glob("js-tiktoken-*.tgz"))) as archive:
+        source = archive.extractfile("package/dist/ranks/o200k_base.js")
+        assert source is not None
+        text = source.read().decode()
+    encoding = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    lines = []
+    for line in encoding["bpe_ranks"].split("\n"):
+        _, first, *tokens = line.split(" ")
+        lines += [f"{token} {rank}\n" for rank, token in enumerate(tokens, int(first))]
+    ranks = "".join(lines).encode()
+    assert hashlib.sha256(ranks).hexdigest() == RANKS_SHA256
+    (folder / "pattern").write_text(encoding["pat_str"])
+    (folder / RANKS_FILE).write_bytes(ranks)
+
+
+def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of the published checkpoints, from the files fetch_ranks left in folder."""
+    special = range(FIRST_SPECIAL, VOCAB_SIZE)
+    converter = TikTokenConverter(
+        vocab_file=str(folder / RANKS_FILE),
+        pattern=(folder / "pattern").read_text(),
+        extra_special_tokens=[SPECIAL_TOKENS.get(n, f"<|reserved_{n}|>") for n in special],
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(),
+        bos_token="<|startoftext|>",
+        eos_token="<|return|>",
+        pad_token="<|endoftext|>",
+    )
+    templates = Path(chat_template_utils.__file__).parent / "chat_templates"
+    tokenizer.chat_template = (templates / "gptoss.jinja").read_text()
+    return tokenizer
+
+
+if __name__ == "__main__":
+    fetch_ranks(Path(sys.argv[1]))
+    make_tokenizer(Path(sys.argv[1])).save_pretrained(sys.argv[1])

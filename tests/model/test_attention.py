@@ -1,0 +1,122 @@
+"""Attention that cannot be trusted is found out; packed conversations are kept apart."""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from finetune.model import attention
+from finetune.model.attention import (
+    FASTEST_FIRST,
+    TOLERANCE,
+    choose_attention,
+    outputs_and_gradients,
+    probe,
+)
+from finetune.model.loading import load_model
+from finetune.model.weights import BaseWeights
+
+LENGTHS = [50, 1, 90, 40]  # below and above the tiny model's window of 32, and one token alone
+
+
+def by_definition(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float,
+    position_ids: torch.Tensor,
+    without: str = "",
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """gpt-oss's attention from its definition, with no mask of transformers'; or short of a part.
+
+    query: (1, H, T, d); key and value: (1, H / group, T, d).
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    place = torch.arange(query.shape[2])
+    distance = place[:, None] - place
+    seen = distance >= 0
+    if module.layer_type == "sliding_attention" and without != "windows":
+        seen &= distance < module.config.sliding_window
+    if without != "boundaries":
+        conversation = (position_ids[0] == 0).cumsum(0)
+        seen &= conversation[:, None] == conversation
+    weights = (query @ key.transpose(2, 3) * scaling).exp() * seen
+    total = weights.sum(-1, keepdim=True)
+    if without != "sinks":
+        total = total + module.sinks.exp().view(1, -1, 1, 1)
+    return (weights / total @ value).transpose(1, 2), None
+
+
+def test_all_ranks_fall_back_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    flash, flex = FASTEST_FIRST
+    monkeypatch.setattr(attention, "fastest_here", lambda: flash)
+    for others, chosen in (([], flash), ([flex], flex), ([flex, "eager", flash], "eager")):
+        monkeypatch.setattr(attention, "gather_object", lambda own, others=others: own + others)
+        assert choose_attention() == chosen
+
+
+@pytest.fixture(params=["nothing", "sinks", "windows", "boundaries"])
+def without(request: pytest.FixtureRequest) -> Iterator[str]:
+    """An implementation of this name that lacks it."""
+    name = request.param
+    ALL_ATTENTION_FUNCTIONS[name] = partial(by_definition, without=name)
+    ALL_MASK_ATTENTION_FUNCTIONS[name] = eager_mask
+    yield name
+    del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
+
+
+def test_what_lacks_a_part_is_refused(without: str) -> None:
+    refusal = probe(without, device="cpu")
+    if without == "nothing":
+        assert refusal is None
+        expected = outputs_and_gradients("eager", device="cpu", dtype=torch.float32)
+        actual = outputs_and_gradients(without, device="cpu", dtype=torch.float32)
+        for name, value in expected.items():
+            assert (actual[name] - value).norm() <= 1e-5 * value.norm(), name
+    else:
+        assert refusal is not None and "differs from eager's by" in refusal
+
+
+def test_what_is_not_there_is_refused_with_its_reason() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert "Error: " in str(probe("flash_attention_4", device="cpu"))
+    assert choose_attention() == "eager"
+
+
+def test_packed_conversations_do_not_see_each_other(tiny_model: Path) -> None:
+    model = load_model(BaseWeights(str(tiny_model)), attn_implementation="eager").float()
+    ids = torch.randint(0, 256, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    with torch.no_grad():
+        together = model(input_ids=ids, position_ids=positions).logits[0]
+        alone = [model(input_ids=part).logits[0] for part in ids.split(LENGTHS, dim=1)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("lengths", [(1,), (129,), (1000, 24), (1, 300, 77, 130, 3588)])
+@pytest.mark.parametrize("implementation", FASTEST_FIRST)
+def test_it_equals_eager_on_the_gpu(implementation: str, lengths: tuple[int, ...]) -> None:
+    if implementation == "flash_attention_4" and torch.cuda.get_device_capability()[0] not in (
+        9,
+        10,
+    ):
+        pytest.skip("flash-attn-4 needs Hopper or Blackwell")
+    expected = outputs_and_gradients("eager", device="cuda", dtype=torch.float32, lengths=lengths)
+    actual = outputs_and_gradients(
+        implementation, device="cuda", dtype=torch.bfloat16, lengths=lengths
+    )
+    for name, value in expected.items():
+        error = (actual[name].float() - value).norm() / value.norm()
+        assert error <= TOLERANCE, f"{name}: {error:.1%}"

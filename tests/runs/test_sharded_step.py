@@ -1,0 +1,56 @@
+"""Two processes, FSDP2 and recomputation: eager's gradients, and the bytes roofline.py counts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import GptOssForCausalLM
+
+from finetune.benchmark.synthetic import make_config
+from finetune.model.loading import load_config
+from helpers import sharded_step
+from helpers.paths import CPU_ENVS, REPO
+from helpers.tensors import assert_same
+from roofline import bytes_moved, count_parameters
+
+
+@pytest.mark.parametrize("what, config", [("all", "fsdp2.yaml"), ("lora", "fsdp2_lora.yaml")])
+def test_a_sharded_step(what: str, config: str, tiny_model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gradients.safetensors"
+    command = [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        f"--config_file={REPO / 'sft' / config}",
+        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
+        "--mixed_precision=no",
+        *(str(REPO / "tests/helpers/sharded_step.py"), str(tiny_model), what, str(file)),
+    ]
+    paths = os.pathsep.join((CPU_ENVS["PYTHONPATH"], str(REPO / "sft")))
+    subprocess.run(command, env=os.environ | CPU_ENVS | {"PYTHONPATH": paths}, check=True)
+
+    lora = what == "lora"
+    model = sharded_step.make_model(str(tiny_model), "eager", use_peft=lora)
+    sharded_step.randomize_adapters(model)
+    for rank in range(2):
+        (model(**sharded_step.batch(rank)).loss / 2).backward()
+    with safe_open(file, "pt") as stored:
+        gradients = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        moved = int(stored.metadata()["bytes_moved"])
+    assert_same(gradients, sharded_step.gradients(model), tolerance=1e-4)
+
+    parameters = count_parameters(load_config(str(tiny_model)), lora_r=4)
+    expected = bytes_moved(parameters, sharded=True, lora=lora, weight_bytes=4)
+    assert moved == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("size", ["20b", "120b"])
+def test_parameters_are_counted(size: str) -> None:
+    config = make_config(size)
+    with torch.device("meta"):
+        model = GptOssForCausalLM(config)
+    parameters = count_parameters(config, lora_r=8)
+    assert parameters.model == sum(p.numel() for p in model.parameters())

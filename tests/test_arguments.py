@@ -1,0 +1,58 @@
+"""Flags that contradict each other, and the defaults that are set on purpose."""
+
+import pytest
+
+from finetune.arguments import parse_args
+from finetune.errors import UserError
+
+BASE = ["--use_cpu=true", "--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
+
+
+def test_router_aux_loss_is_off_unless_asked_for() -> None:
+    assert parse_args(BASE).training.router_aux_loss_coef == 0.0
+    assert parse_args([*BASE, "--router_aux_loss_coef=0.01"]).training.router_aux_loss_coef == 0.01
+
+
+def test_only_what_is_trained_is_unpacked() -> None:
+    assert parse_args(BASE).run.dequantize
+    assert not parse_args([*BASE, "--use_peft=true", "--lora_dropout=0"]).run.dequantize
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([*BASE, "--lerning_rate=1"], "lerning_rate"),
+        ([*BASE, "--lora_r=8"], "--lora_r is for LoRA"),
+        ([*BASE, "--use_peft=true", "--lora_dropout=0.1"], "--lora_dropout must be 0"),
+        ([*BASE, "--use_peft=true", "--lora_dropout=0", "--load_in_4bit=true"], "load_in_4bit"),
+        ([*BASE, "--dequantize=false"], "--dequantize false keeps experts in MXFP4"),
+        ([*BASE, "--use_peft=true", "--lora_dropout=0", "--use_dora=true"], "--use_dora"),
+        ([*BASE, "--dataset_streaming=true"], "--dataset_streaming"),
+        ([*BASE, "--completion_only_loss=true"], "--completion_only_loss: .* --train_on"),
+        ([*BASE, "--assistant_only_loss=true"], "--assistant_only_loss: --train_on"),
+        ([*BASE, "--use_liger_kernel=true"], "--use_liger_kernel"),
+        ([*BASE, "--dtype=float16"], "--dtype: weights are trained in bfloat16"),
+        ([*BASE, "--report_to=tensorboard"], "--report_to: only W&B"),
+        (["--use_cpu=true", "--dataset_name=d", "--output_dir=o"], "no model"),
+        (["--use_cpu=true", "--model_name_or_path=m", "--output_dir=o"], "no dataset"),
+    ],
+)
+def test_flags_that_cannot_work_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_args(flags)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--packing=false",
+        "--dtype=bfloat16",
+        "--dtype=auto",
+        "--report_to=wandb",
+        "--report_to=none",
+        "--report_to=all",
+        "--assistant_only_loss=false",
+    ],
+)
+def test_flags_that_work_are_taken(flag: str) -> None:
+    parse_args([*BASE, flag])

@@ -1,0 +1,96 @@
+"""FLOPs and throughput, against figures got another way."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GptOssConfig, GptOssForCausalLM, TrainerState
+
+from finetune.model.flops import flops_per_token
+from finetune.summary import as_text, evaluations
+from finetune.training.callbacks import Throughput
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    """With every expert visited, a token costs what FlopCounterMode sees, forward and backward."""
+    config = GptOssConfig(
+        num_hidden_layers=2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_local_experts=2,
+        num_experts_per_tok=2,
+        vocab_size=512,
+        sliding_window=4096,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    model = GptOssForCausalLM(config)
+    num_tokens = 64
+    ids = torch.arange(num_tokens)[None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    # Eager attention computes all keys, not the causal half: a context of twice the length.
+    formula = num_tokens * flops_per_token(config, context=2 * num_tokens, lora=False)
+    # The gradient of the embedding's output is not needed by a matrix product below it.
+    assert counter.get_total_flops() == pytest.approx(formula, rel=0.02)
+
+
+def test_active_parameters_of_gpt_oss_20b() -> None:
+    """OpenAI's model card: 3.6 B active parameters, the unembedding counted, the embedding not."""
+    config = GptOssConfig(num_hidden_layers=24, num_local_experts=32)
+    assert flops_per_token(config, context=0, lora=True) / 4 == pytest.approx(3.6e9, rel=0.03)
+    assert flops_per_token(config, context=0, lora=False) / 6 == pytest.approx(3.6e9, rel=0.03)
+
+
+def test_throughput_is_tokens_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 10.0, 14.0, 20.0])
+    monkeypatch.setattr("metrics.time.monotonic", lambda: next(clock))
+    throughput = Throughput(1.0, num_processes=2)
+    state = TrainerState(num_input_tokens_seen=1000, global_step=5)
+    throughput.on_train_begin(None, state, None)
+    first, second = {"loss": 2.0}, {"loss": 1.5}
+    state.num_input_tokens_seen = 1400
+    throughput.on_log(None, state, None, first)
+    state.num_input_tokens_seen = 1480
+    throughput.on_log(None, state, None, second)
+    assert first["tokens_per_sec_per_gpu"] == 20.0
+    assert second["tokens_per_sec_per_gpu"] == 10.0
+    state.log_history = [first, second, {"train_runtime": 1.0}]
+    summary = throughput.summary(state)
+    assert summary["tokens"] == 1480 and summary["final_loss"] == 1.5
+    assert summary["tokens_per_sec_per_gpu"] == 12.0
+
+
+def test_an_evaluation_slows_no_rate_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 30.0, 40.0])
+    monkeypatch.setattr("metrics.time.monotonic", lambda: next(clock))
+    throughput = Throughput(1.0, num_processes=1)
+    state = TrainerState(num_input_tokens_seen=0)
+    throughput.on_train_begin(None, state, None)
+    throughput.on_evaluate(None, state, None, {"eval_runtime": 20.0})
+    entry = {"loss": 2.0}
+    state.num_input_tokens_seen = 1000
+    throughput.on_log(None, state, None, entry)
+    assert entry["tokens_per_sec_per_gpu"] == 100.0
+    assert throughput.summary(state)["tokens_per_sec_per_gpu"] == 50.0
+
+
+def test_evaluated_before_and_after() -> None:
+    entries = [
+        {"step": 0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.25},
+        {"step": 2, "loss": 1.5},
+        {"step": 4, "eval_loss": 1.0, "eval_mean_token_accuracy": 0.5},
+    ]
+    state = TrainerState(log_history=entries)
+    assert evaluations(state) == {
+        "eval_loss": [2.0, 1.0],
+        "eval_perplexity": [7.3891, 2.7183],
+        "eval_token_accuracy": [0.25, 0.5],
+    }
+    state.log_history = entries[1:]
+    assert evaluations(state)["eval_loss"] == [None, 1.0]
+    state.log_history = entries[1:2]
+    assert evaluations(state) == {}
+    assert as_text([None, 1.0]) == "not evaluated -> 1.0"
