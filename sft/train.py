@@ -3,8 +3,8 @@
     accelerate launch --config_file sft/ddp.yaml sft/train.py --use_peft true \\
         --model_name_or_path openai/gpt-oss-20b --dataset_name HuggingFaceH4/Multilingual-Thinking
 
-The flags are ours (finetune/arguments.py, finetune/data/options.py) and those of TRL's SFTConfig,
-ModelConfig and ScriptArguments; the task files show the ones to set.
+The flags are this project's (finetune/arguments.py, finetune/data/options.py) and those of TRL's
+SFTConfig, ModelConfig and ScriptArguments. The task files show the ones worth setting.
 """
 
 from finetune.command_line import answer_help
@@ -15,16 +15,18 @@ if __name__ == "__main__":
 import copy
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import PrinterCallback, set_seed
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
 from trl import SFTConfig
 
 from finetune.arguments import Config, check_spelling, parse_args
 from finetune.checkpoint.artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
-from finetune.checkpoint.fingerprint import check_same_run, read_record, run_record
+from finetune.checkpoint.fingerprint import RunRecord, check_same_run, read_record, run_record
 from finetune.checkpoint.history import (
     LaunchLog,
     conversation_date,
@@ -57,72 +59,105 @@ from finetune.training.trainer import (
 from finetune.training.watchdog import Watchdog
 
 
-def trainer_arguments(config: Config, *, checkpoint: str | None) -> SFTConfig:
-    """The flags as the trainer is given them. The base model is evaluated once, at step 0."""
-    args = copy.copy(config.training)
-    args.eval_on_start = args.eval_strategy != "no" and checkpoint is None
-    args.save_total_limit = None  # the saver deletes, once the next checkpoint is durable
-    return args
+@dataclass(frozen=True)
+class Data:
+    """What is trained on, ready for the trainer, and the record of the run that this makes it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_out: Dataset | None
+    record: RunRecord
 
 
-def train(config: Config) -> None:
+def main() -> None:
     """One launch of a run: resume or start, train, save, leave the artifact in `final`.
 
-    Exits with status 143 after a notice. Raises UserError for what a user can mend.
+    Exits with status 143 after a notice of preemption. Raises UserError for what a user can mend.
     """
-    run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
+    check_spelling()
+    check_gpus()
+    config = parse_args()
+    check_output_dir(config.training.output_dir)
     set_seed(config.training.seed)
-    wandb_run_id = configure_wandb(str(run_dir), run_name=config.training.run_name)
+    data = load_data(config)
+    checkpoint = find_checkpoint(config, data.record)
+    trainer, throughput = make_trainer(config, data, checkpoint)
+
+    artifact = Path(config.training.output_dir) / ARTIFACT
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.saver.finish()
+    except RunFinished:
+        if is_finished(artifact):
+            step = trainer.state.global_step
+            trainer.accelerator.print(f"this run had finished at step {step}: {artifact}")
+            trainer.end()
+            return
+    exit_if_preempted(trainer)
+    save(config, data, trainer, throughput, artifact=artifact)
+    trainer.end()
+
+
+def load_data(config: Config) -> Data:
+    """Read and tokenise the conversations; the same on every rank and in every launch."""
     tokenizer = load_tokenizer(config.model_id, revision=config.model.model_revision)
-
-    # The date must be the same on every rank, and for every launch of this run.
-    (date,) = broadcast_object_list([conversation_date(run_dir)])
-    data_args = replace(
-        config.data, conversation_start_date=config.data.conversation_start_date or date
-    )
-    train_dataset, eval_dataset = load_datasets(
-        config.script, config.training, data_args, tokenizer
-    )
-
-    checkpoint = resume_from(config.training.resume_from_checkpoint, str(run_dir))
+    # The system message holds a date. Ranks whose clocks stand on two sides of midnight must not
+    # differ in it, and neither must a launch from the one before.
+    (date,) = broadcast_object_list([conversation_date(config.training.output_dir)])
+    date = config.data.conversation_start_date or date
+    data_args = replace(config.data, conversation_start_date=date)
+    train, held_out = load_datasets(config.script, config.training, data_args, tokenizer)
     record = run_record(
         config,
-        train_dataset,
-        conversation_start_date=data_args.conversation_start_date,
-        num_processes=num_processes,
+        train,
+        conversation_start_date=date,
+        num_processes=config.training.world_size,
     )
+    return Data(tokenizer, train, held_out, record)
+
+
+def find_checkpoint(config: Config, record: RunRecord) -> str | None:
+    """The checkpoint to resume from, or None. Raises UserError if it is another run's."""
+    checkpoint = resume_from(config.training.resume_from_checkpoint, config.training.output_dir)
     if checkpoint and not config.run.ignore_fingerprint:
         check_same_run(checkpoint, read_record(Path(checkpoint)), record)
+    return checkpoint
 
+
+def make_trainer(
+    config: Config, data: Data, checkpoint: str | None
+) -> tuple[ResumableSFTTrainer, Throughput]:
+    """The model with its adapter, and the trainer with all that saves, watches and logs."""
+    run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
     attention = config.model.attn_implementation or choose_attention()
     weights = BaseWeights(config.model_id, revision=config.model.model_revision)
     model = load_model(
         weights, attn_implementation=attention, dequantize=bool(config.run.dequantize)
     )
     notice = PreemptionNotice()
-    notice.listen()  # until here SIGTERM ends the process: there is nothing to save
+    notice.listen()  # until here SIGTERM ends the process: there is nothing to save yet
     saver = Saver(
         run_dir,
         notice=notice,
         every_minutes=config.run.save_every_minutes,
         keep=config.training.save_total_limit,
-        manifest={"num_processes": num_processes, "fingerprint": record.identity()},
+        manifest={"num_processes": num_processes, "fingerprint": data.record.identity()},
     )
+    wandb_run_id = configure_wandb(str(run_dir), run_name=config.training.run_name)
+    # NCCL has a timeout of its own, which names no rank. The watchdog speaks before it.
+    patience = 0.8 * config.training.ddp_timeout
     trainer = ResumableSFTTrainer(
         model=model,
-        args=trainer_arguments(config, checkpoint=checkpoint),
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        processing_class=tokenizer,
+        args=trainer_arguments(config, checkpoint),
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        processing_class=data.tokenizer,
         peft_config=lora_config(model, config.model),
         callbacks=[
             StopIfFinished(),
             EvaluateAtEnd(),
             LaunchLog(run_dir, saver, wandb_run_id=wandb_run_id),
-            # Before NCCL's own timeout, which names no rank.
-            Watchdog(
-                timeout=0.8 * config.training.ddp_timeout, is_excused=lambda: saver.is_waiting
-            ),
+            Watchdog(timeout=patience, is_excused=lambda: saver.is_waiting),
         ],
         saver=saver,
         weights=weights,
@@ -130,54 +165,70 @@ def train(config: Config) -> None:
     exclude_packed_from_ddp(trainer.model)
     use_grouped_lora(trainer.model)
     configure_gradients(trainer)
-    throughput = Throughput(
-        flops_per_token(
-            model.config, context=mean_length(train_dataset), lora=config.model.use_peft
-        ),
-        num_processes=num_processes,
-    )
+
+    context = mean_length(data.train)
+    flops = flops_per_token(model.config, context=context, lora=config.model.use_peft)
+    throughput = Throughput(flops, num_processes=num_processes)
+    # First in the list, so that what it adds to a log entry reaches the callbacks that print it and
+    # send it to W&B.
+    trainer.callback_handler.callbacks.insert(0, throughput)
     if not trainer.is_world_process_zero():
         trainer.remove_callback(PrinterCallback)  # it would print the loss on every node
-    # First, so that what it adds to a log entry reaches the callbacks that print and send it.
-    trainer.callback_handler.callbacks.insert(0, throughput)
 
-    say = trainer.accelerator.print
-    say(f"attention: {attention}; processes: {num_processes}")
-    say(f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume: starting fresh")
-    artifact = run_dir / ARTIFACT
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        saver.finish()
-    except RunFinished:
-        if is_finished(artifact):
-            say(f"this run had finished at step {trainer.state.global_step}: {artifact}")
-            trainer.end()
-            return
-    if saver.preempted and trainer.state.global_step < trainer.state.max_steps:
+    trainer.accelerator.print(f"attention: {attention}; processes: {num_processes}")
+    trainer.accelerator.print(
+        f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume: starting fresh"
+    )
+    return trainer, throughput
+
+
+def trainer_arguments(config: Config, checkpoint: str | None) -> SFTConfig:
+    """The flags as the trainer is given them; config itself stays as it was parsed."""
+    args = copy.copy(config.training)
+    # The base model is evaluated once, by the first launch, so that the summary can compare.
+    args.eval_on_start = args.eval_strategy != "no" and checkpoint is None
+    # The saver deletes old checkpoints, once the next one is complete in the bucket.
+    args.save_total_limit = None
+    return args
+
+
+def exit_if_preempted(trainer: ResumableSFTTrainer) -> None:
+    """Exit with status 143, which tells SkyPilot to launch again, unless the last step is done."""
+    state, saver = trainer.state, trainer.saver
+    if saver.preempted and state.global_step < state.max_steps:
         seconds = time.monotonic() - saver.noticed_at
-        say(f"preempted, and saved at step {trainer.state.global_step} within {seconds:.1f} s")
+        trainer.accelerator.print(
+            f"preempted, and saved at step {state.global_step} within {seconds:.1f} s"
+        )
         sys.exit(EXIT_STATUS)
 
-    summary = throughput.summary(trainer.state) | interruption_cost(read_launches(run_dir))
+
+def save(
+    config: Config,
+    data: Data,
+    trainer: ResumableSFTTrainer,
+    throughput: Throughput,
+    *,
+    artifact: Path,
+) -> None:
+    """Write the weights or the adapter, the plot and the summary, and print the summary."""
+    launches = read_launches(config.training.output_dir)
+    summary: dict[str, Any] = throughput.summary(trainer.state) | interruption_cost(launches)
     summary["artifact"] = str(artifact)
+    title = config.training.run_name
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=config.training.run_name)
+        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=title)
     save_artifact(
         trainer.accelerator,
         trainer.model_wrapped,
-        tokenizer,
+        data.tokenizer,
         artifact=artifact,
-        summary=summary | {"run": record.to_json()},
+        summary=summary | {"run": data.record.to_json()},
     )
     if trainer.is_world_process_zero():
-        print_summary(summary, title=f"{config.training.run_name}: finished")
-    trainer.end()
+        print_summary(summary, title=f"{title}: finished")
 
 
 if __name__ == "__main__":
     with one_line_errors():
-        check_spelling()
-        check_gpus()
-        parsed = parse_args()
-        check_output_dir(parsed.training.output_dir)
-        train(parsed)
+        main()
