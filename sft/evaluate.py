@@ -125,7 +125,7 @@ def read_run(artifact: Path) -> RunRecord:
         ) from None
     if "run" not in summary:
         raise UserError(f"{artifact / SUMMARY} does not say what was trained: train once more")
-    return RunRecord.from_json(summary["run"])
+    return RunRecord.from_json(summary["run"], file=artifact / SUMMARY)
 
 
 def held_out_conversations(trained: RunRecord, dataset: str | None) -> Dataset:

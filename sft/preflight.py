@@ -12,12 +12,11 @@ if __name__ == "__main__":
     answer_help(__doc__)  # before the imports below, which take eight seconds
 
 from dataclasses import replace
-from pathlib import Path
 
 from finetune.arguments import check_spelling, parse_args
 from finetune.checkpoint.fingerprint import check_same_run, read_record, run_record
 from finetune.checkpoint.history import conversation_date
-from finetune.checkpoint.manifest import newest_checkpoint
+from finetune.checkpoint.manifest import newest_checkpoint, print_skipped
 from finetune.data.dataset import load_datasets
 from finetune.errors import one_line_errors
 from finetune.model.loading import load_config, load_tokenizer
@@ -45,9 +44,9 @@ def main() -> None:
     record = run_record(
         config, train_dataset, conversation_start_date=date, num_processes=num_processes()
     )
-    newest = newest_checkpoint(run_dir)
+    newest = newest_checkpoint(run_dir, on_skip=print_skipped)
     if newest is not None:
-        check_same_run(newest, read_record(Path(newest)), record)
+        check_same_run(newest, read_record(newest), record)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ LORA = ("ddp.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0", "--lear
 
 def finish(launcher: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
     """Wait for a launcher's end and hold what it printed."""
-    stdout, stderr = launcher.communicate(timeout=300)
+    stdout, stderr = launcher.communicate(timeout=1500)
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
 
 
@@ -44,7 +44,7 @@ def defaults(model: Path, output_dir: Path) -> list[str]:
 
 def await_event(happened: Callable[[], Any], launcher: subprocess.Popen[Any]) -> None:
     """Until it has happened, or the launcher has ended."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not happened() and launcher.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -1,13 +1,17 @@
-"""FLOPs and throughput, against figures got another way."""
+"""FLOPs and throughput, compared with figures obtained in another way."""
+
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import GptOssConfig, GptOssForCausalLM, TrainerState
+from transformers import GptOssConfig, GptOssForCausalLM, TrainerControl, TrainerState
+from trl import SFTConfig
 
 from finetune.model.flops import flops_per_token
 from finetune.summary import as_text, evaluations
-from finetune.training.callbacks import Throughput
+from finetune.training.callbacks import EvaluateAtEnd, Throughput
 
 
 def test_flops_are_those_that_torch_counts() -> None:
@@ -44,10 +48,15 @@ def test_active_parameters_of_gpt_oss_20b() -> None:
     assert flops_per_token(config, context=0, lora=False) / 6 == pytest.approx(3.6e9, rel=0.03)
 
 
-def test_throughput_is_tokens_since_the_last_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 10.0, 14.0, 20.0])
-    monkeypatch.setattr("metrics.time.monotonic", lambda: next(clock))
-    throughput = Throughput(1.0, num_processes=2)
+def clock_of(*readings: float) -> Callable[[], float]:
+    """A clock that shows these seconds, one after the other."""
+    remaining = iter(readings)
+    return lambda: next(remaining)
+
+
+def test_throughput_is_tokens_since_the_last_log() -> None:
+    clock = clock_of(0.0, 0.0, 10.0, 14.0, 20.0)
+    throughput = Throughput(1.0, num_processes=2, clock=clock)
     state = TrainerState(num_input_tokens_seen=1000, global_step=5)
     throughput.on_train_begin(None, state, None)
     first, second = {"loss": 2.0}, {"loss": 1.5}
@@ -63,10 +72,8 @@ def test_throughput_is_tokens_since_the_last_log(monkeypatch: pytest.MonkeyPatch
     assert summary["tokens_per_sec_per_gpu"] == 12.0
 
 
-def test_an_evaluation_slows_no_rate_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 0.0, 30.0, 40.0])
-    monkeypatch.setattr("metrics.time.monotonic", lambda: next(clock))
-    throughput = Throughput(1.0, num_processes=1)
+def test_the_time_of_an_evaluation_is_in_no_rate() -> None:
+    throughput = Throughput(1.0, num_processes=1, clock=clock_of(0.0, 0.0, 30.0, 40.0))
     state = TrainerState(num_input_tokens_seen=0)
     throughput.on_train_begin(None, state, None)
     throughput.on_evaluate(None, state, None, {"eval_runtime": 20.0})
@@ -77,7 +84,7 @@ def test_an_evaluation_slows_no_rate_down(monkeypatch: pytest.MonkeyPatch) -> No
     assert throughput.summary(state)["tokens_per_sec_per_gpu"] == 50.0
 
 
-def test_evaluated_before_and_after() -> None:
+def test_the_first_and_the_last_evaluation_are_reported() -> None:
     entries = [
         {"step": 0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.25},
         {"step": 2, "loss": 1.5},
@@ -94,3 +101,14 @@ def test_evaluated_before_and_after() -> None:
     state.log_history = entries[1:2]
     assert evaluations(state) == {}
     assert as_text([None, 1.0]) == "not evaluated -> 1.0"
+
+
+@pytest.mark.parametrize(("step", "evaluates"), [(3, False), (4, True)])
+def test_a_run_that_evaluates_by_steps_does_so_after_its_last_step(
+    step: int, evaluates: bool, tmp_path: Path
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), eval_strategy="steps", eval_steps=3, use_cpu=True)
+    control = TrainerControl()
+    state = TrainerState(global_step=step, max_steps=4)
+    EvaluateAtEnd().on_step_end(args, state, control)
+    assert control.should_evaluate is evaluates

@@ -1,6 +1,7 @@
-"""What a finished run leaves for the next tool: bf16 weights or a PEFT adapter, a tokenizer."""
+"""The artifact of a finished run: bf16 weights or a PEFT adapter, the tokenizer and a summary."""
 
 import json
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,22 @@ def save_artifact(
     *,
     artifact: Path,
     summary: dict[str, Any],
+    await_upload: Callable[[list[Path]], None] = await_upload,
 ) -> None:
-    """Write what the next tool loads: bf16 HF weights or a PEFT adapter, and the tokenizer.
+    """Write bf16 weights or a PEFT adapter, the tokenizer, and last of all summary.json.
 
-    Called by every process; the first writes. summary.json comes last, when the rest is in the
-    bucket, and says so (no rename: on a mounted bucket that is a copy of every file).
+    Called by every process; the first one writes. summary.json is written when the other files are
+    in the bucket, and so an artifact with a summary.json is complete. (Not a folder renamed at the
+    end: on a mounted bucket a rename copies every file.)
     """
-    # The upload of 234 GB may take longer than any collective of training.
+    # The upload of 120b's 234 GB may take longer than the timeout of training's collectives.
     patient = new_group(backend="gloo", timeout=timedelta(days=1)) if is_initialized() else None
     state_dict = gather_trained_weights(accelerator, model)
     if accelerator.is_main_process:
+        # An earlier launch may have left one; until the end this artifact is not complete.
         (artifact / SUMMARY).unlink(missing_ok=True)
-        # Else transformers names the bf16 experts as it found them: _blocks, which nothing can
-        # load.
+        # save_original_format=True would name the bf16 experts as the published checkpoint names
+        # its MXFP4 ones, *_blocks, and nothing could load them.
         accelerator.unwrap_model(model).save_pretrained(
             artifact, state_dict=state_dict, save_original_format=False
         )
@@ -54,8 +58,8 @@ def save_artifact(
 
 
 def fix_saved_config(artifact: Path) -> None:
-    """What transformers writes of a model whose weights were fp32, and which had no use of a cache,
-    is not true of what it is given to save.
+    """Correct two entries of config.json that transformers takes from the model in training: it
+    was in fp32 and had no key-value cache, while the saved weights are bf16 and serve with one.
     """
     file = artifact / "config.json"
     if file.exists():
@@ -64,7 +68,7 @@ def fix_saved_config(artifact: Path) -> None:
 
 
 def is_finished(artifact: Path) -> bool:
-    """Whether save_artifact came to its end there, and all that it wrote is there."""
+    """Whether save_artifact ended there, and every file has the size that its summary names."""
     try:
         files = json.loads((artifact / SUMMARY).read_text()).get("files", {})
         return all((artifact / name).stat().st_size == size for name, size in files.items())
@@ -75,10 +79,10 @@ def is_finished(artifact: Path) -> bool:
 def gather_trained_weights(
     accelerator: Accelerator, model: PreTrainedModel
 ) -> dict[str, torch.Tensor]:
-    """Whole tensors on the first process's CPU: all weights in bf16, or LoRA's alone as they are.
+    """Unsharded tensors in the CPU memory of the first process; an empty dict elsewhere.
 
-    FSDP2's shards are gathered one tensor at a time, so that no GPU holds more than one whole
-    tensor.
+    All weights in bf16, or only LoRA's in their own dtype. Called by every process. FSDP2's shards
+    are gathered one tensor at a time, so that no GPU holds more than one unsharded tensor.
     """
     if accelerator.distributed_type == "DEEPSPEED":
         return accelerator.get_state_dict(model)
@@ -88,9 +92,9 @@ def gather_trained_weights(
     for name, tensor in unwrapped.state_dict().items():
         if is_adapter and not is_trained(name):
             continue
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         if accelerator.is_main_process:
-            state_dict[name] = whole.cpu() if is_adapter else whole.to(torch.bfloat16).cpu()
+            state_dict[name] = full.cpu() if is_adapter else full.to(torch.bfloat16).cpu()
     return state_dict
 
 

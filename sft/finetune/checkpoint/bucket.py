@@ -1,24 +1,26 @@
-"""Whether what was written below a mounted bucket has reached it.
+"""Whether files written to a mounted bucket have been uploaded to it.
 
-SkyPilot's MOUNT_CACHED is `rclone mount --vfs-cache-mode full`: a write ends in a cache on the
-node's disk and is uploaded later, in no order. rclone keeps a JSON record of each file of its
-cache, below vfsMeta in its --cache-dir; its "Dirty" is true from the first write until the upload
-has succeeded (vfs/vfscache/item.go), and a file is dropped from the cache only after that.
+SkyPilot's MOUNT_CACHED is `rclone mount --vfs-cache-mode full`: a write goes to a cache on the
+node's disk, and rclone uploads the files of the cache later, in any order. For each of them it
+keeps a JSON record below vfsMeta in its --cache-dir. The record's "Dirty" is true from the first
+write until the upload has succeeded (vfs/vfscache/item.go in rclone), and a file is dropped from
+the cache only after that.
 """
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-POLL_SECONDS = 0.2  # rclone tells nobody when an upload ends
+POLL_SECONDS = 0.2  # rclone sends no event when an upload ends
 REMINDER_SECONDS = 60.0
 
 
 def cache_of(folder: Path) -> Path | None:
-    """The folder of rclone's cache records that mirrors `folder`, or None.
+    """The folder that holds rclone's records of the files in `folder`.
 
-    None: folder is not below a mount of rclone, or below one without a cache, which uploads before
-    a file is closed.
+    None if folder is not on a mount of rclone, or on one without a cache: that one uploads a file
+    before the file is closed, and there is nothing to wait for.
     """
     mount = rclone_mount(folder)
     if mount is None:
@@ -27,7 +29,7 @@ def cache_of(folder: Path) -> Path | None:
     for command_line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = command_line.read_bytes().decode().split("\0")
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or belongs to another user
             continue
         if "mount" in words and mount_point in words and "--cache-dir" in words:
             cache_dir = Path(words[words.index("--cache-dir") + 1])
@@ -37,40 +39,50 @@ def cache_of(folder: Path) -> Path | None:
 
 
 def rclone_mount(folder: Path) -> tuple[str, str] | None:
-    """(source, mount point) of the file system that holds `folder`, if that is rclone's."""
+    """(source, mount point) of the file system that holds `folder` if it is rclone's, or None."""
     path = folder.resolve()
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     holding = [entry for entry in mounts if path.is_relative_to(entry[1])]
-    # Of two mounts on one point the later one is seen.
+    # The longest mount point is the innermost. Of two mounts at the same point, the later one in
+    # the list hides the earlier one.
     source, mount_point, kind, *_ = max(reversed(holding), key=lambda entry: len(entry[1]))
     return (source, mount_point) if kind == "fuse.rclone" else None
 
 
 def is_uploaded(record: Path) -> bool:
-    """Whether the file of this record is in the bucket; no record: it has left the cache."""
+    """Whether the file that this record of rclone's is about is in the bucket."""
     try:
         return not json.loads(record.read_text())["Dirty"]
-    except FileNotFoundError:
+    except FileNotFoundError:  # the file has left the cache, which happens after its upload
         return True
-    except ValueError:  # it is being written
+    except ValueError:  # rclone is writing the record just now
         return False
 
 
-def await_upload(files: list[Path]) -> None:
-    """Return when every file is durable, reminding of those that take long. All of one folder."""
+def await_upload(
+    files: list[Path],
+    *,
+    find_records: Callable[[Path], Path | None] = cache_of,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """Return when every file is in the bucket; print a reminder each minute until then.
+
+    files: all in one folder. find_records, sleep and clock are parameters for tests.
+    """
     if not files:
         return
-    records = cache_of(files[0].parent)
+    records = find_records(files[0].parent)
     if records is None:
         return
-    started = reminded = time.monotonic()
+    started = reminded = clock()
     while waiting := [file for file in files if not is_uploaded(records / file.name)]:
-        time.sleep(POLL_SECONDS)
-        if time.monotonic() - reminded > REMINDER_SECONDS:
-            reminded = time.monotonic()
+        sleep(POLL_SECONDS)
+        if clock() - reminded > REMINDER_SECONDS:
+            reminded = clock()
             minutes = (reminded - started) / 60
             print(
-                f"bucket: {len(waiting)} files of {waiting[0].parent} wait since {minutes:.0f} min "
-                "for their upload: is the bucket reachable?",
+                f"bucket: {len(waiting)} files of {waiting[0].parent} have not been uploaded for "
+                f"{minutes:.0f} min: is the bucket reachable?",
                 flush=True,
             )

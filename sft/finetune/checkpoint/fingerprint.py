@@ -1,7 +1,11 @@
-"""What makes two launches the same run: a resume under anything else is refused."""
+"""What makes two launches the same run; a checkpoint of another run is not resumed.
+
+In a checkpoint's manifest.json the record is called "fingerprint", in final/summary.json "run".
+"""
 
 import hashlib
 import importlib.metadata
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
@@ -12,12 +16,15 @@ from datasets import Dataset
 from trl import ScriptArguments
 
 from finetune.arguments import Config
-from finetune.checkpoint.manifest import read_manifest
+from finetune.checkpoint.manifest import MANIFEST, read_manifest
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
 from finetune.model.loading import load_config
 
+# Packages whose version can change the numbers of a run.
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+# Flags of SFTConfig that decide a run's result. Those that only decide its speed, when it saves or
+# what it logs are not among them. seed and max_length are fields of RunRecord.
 TRAINING = (
     "data_seed",
     "packing",
@@ -41,6 +48,7 @@ TRAINING = (
     "router_aux_loss_coef",
     "shuffle_dataset",
 )
+# Flags of ModelConfig that decide which adapter is trained. use_peft is a field of RunRecord.
 LORA = (
     "lora_r",
     "lora_alpha",
@@ -49,16 +57,20 @@ LORA = (
     "lora_target_parameters",
     "lora_modules_to_save",
 )
+# Fields that decide only what is evaluated, not what is trained.
 HELD_OUT = ("eval_strategy", "dataset_config", "dataset_train_split", "dataset_test_split")
-EDGE_BYTES = 2**20  # of a weights file, hashed at its beginning and at its end
+# A local model's weights are not hashed in full, which would take minutes for 120b: only this much
+# at the beginning of each file (its header and first tensors) and at its end.
+EDGE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run trains on what, and how: all that decides its result.
+    """All that decides the result of a run: the model, the data, the flags, the packages.
 
-    A checkpoint's manifest holds it under "fingerprint", final/summary.json under "run". Which
-    conversations were held out (HELD_OUT) is only in the latter: it does not change the weights.
+    How many processes share a global batch is not part of it: a run may be resumed on another
+    number of GPUs. The JSON form is flat, with the keys of `data`, `training`, `lora` and
+    `packages` beside the other fields'. Runs in users' buckets hold it, so its keys must stay.
     """
 
     model: str
@@ -67,32 +79,37 @@ class RunRecord:
     seed: int
     use_peft: bool
     data: DataArguments = field(default_factory=DataArguments)
-    dataset_sha256: str | None = None
-    max_length: int | None = None
-    global_batch_size: int | None = None
+    dataset_sha256: str | None = None  # of the tokens and labels that are trained on
+    max_length: int | None = None  # tokens
+    global_batch_size: int | None = None  # sequences per optimizer step, on all GPUs together
     training: dict[str, Any] = field(default_factory=dict)  # the flags in TRAINING
     lora: dict[str, Any] = field(default_factory=dict)  # the flags in LORA
-    packages: dict[str, str] = field(default_factory=dict)  # versions of PACKAGES
+    packages: dict[str, str] = field(default_factory=dict)  # public versions of PACKAGES
+    # What another version of this code recorded beyond these; it must be equal too.
+    other: dict[str, Any] = field(default_factory=dict)
     eval_strategy: str = "no"
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, in one level."""
+        """The record as one flat object."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        nested = ("training", "lora", "packages")
-        flat = asdict(values.pop("data"))
-        for name in nested:
-            flat |= values.pop(name)
-        return values | flat
+        values |= asdict(values.pop("data"))
+        for name in ("training", "lora", "packages", "other"):
+            values |= values.pop(name)
+        return values
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed, as JSON values."""
+        """The part of to_json() that must be equal for a checkpoint to be resumed.
+
+        What is held out is missing from it if only the evaluation depends on it. (The size of a
+        share that is held out is in it, since the rest is what is trained on.)
+        """
         return {name: value for name, value in self.to_json().items() if name not in HELD_OUT}
 
     def script_arguments(self) -> ScriptArguments:
-        """The flags that name the dataset and its parts, as data/dataset.py takes them."""
+        """The flags that name the dataset and its splits, as data/dataset.py takes them."""
         return ScriptArguments(
             dataset_name=self.dataset,
             dataset_config=self.dataset_config,
@@ -101,26 +118,45 @@ class RunRecord:
         )
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "RunRecord":
-        """What to_json or identity wrote. Raises KeyError if the model or the data is missing."""
-        data = {f.name for f in fields(DataArguments)} & values.keys()
-        plain = {f.name for f in fields(cls)} & values.keys()
+    def from_json(cls, values: dict[str, Any], *, file: Path) -> "RunRecord":
+        """What to_json() or identity() wrote to `file`. Raises UserError, naming the file, if it
+        does not say which model was trained on what.
+
+        A key that an older version did not write yet has its default here, and so must mean what
+        that version did; the flags in TRAINING and LORA have none and differ from any value.
+        """
         required = ("model", "model_revision", "dataset", "seed", "use_peft")
+        missing = [name for name in required if name not in values]
+        if missing:
+            raise UserError(
+                f"{file} does not hold the run's {', '.join(missing)}: it was not written by "
+                "train.py, or by a version too old to be read"
+            )
+        nested = ("data", "training", "lora", "packages", "other")
+        own = [f.name for f in fields(cls) if f.name not in nested]
+        data = [f.name for f in fields(DataArguments)]
+        known = {*own, *data, *TRAINING, *LORA, *PACKAGES}
+
+        def pick(names: Iterable[str]) -> dict[str, Any]:
+            return {name: values[name] for name in names if name in values}
+
         return cls(
-            **{name: values[name] for name in (*required, *sorted(plain - set(required)))},
-            data=DataArguments(**{name: values[name] for name in data}),
-            training={name: values[name] for name in TRAINING if name in values},
-            lora={name: values[name] for name in LORA if name in values},
-            packages={name: public(values[name]) for name in PACKAGES if name in values},
+            **pick(own),
+            data=DataArguments(**pick(data)),
+            training=pick(TRAINING),
+            lora=pick(LORA),
+            packages={name: public(version) for name, version in pick(PACKAGES).items()},
+            other={name: value for name, value in values.items() if name not in known},
         )
 
 
 def run_record(
     config: Config, dataset: Dataset, *, conversation_start_date: str, num_processes: int
 ) -> RunRecord:
-    """The record of the run that these flags make. dataset: the tokens and labels trained on.
+    """The record of the run that these flags describe.
 
-    How many processes share a batch is not part of it, the batch they make together is.
+    dataset: the tokens and labels that are trained on, before packing. conversation_start_date: the
+    one in use, which may come from an earlier launch instead of the flags.
     """
     script, training, model = config.script, config.training, config.model
     sequences = training.per_device_train_batch_size * num_processes
@@ -145,17 +181,19 @@ def run_record(
 
 
 def plain(value: Any) -> Any:
-    """As JSON holds it."""
+    """An enum's value; anything else as it is. JSON holds it so."""
     return value.value if isinstance(value, Enum) else value
 
 
 def public(version: str) -> str:
-    """A version without its local part: 2.13.0+cpu and 2.13.0+cu130 are the same release."""
+    """A version without its local suffix: 2.13.0+cpu and 2.13.0+cu130 are the same release."""
     return version.split("+")[0]
 
 
 def model_revision(model_id: str, *, revision: str) -> str:
-    """The hub's commit or, for a folder, a hash of its config and of the edges of its weights."""
+    """The hub's commit or, for a folder, a hash of its config.json and of the size, beginning and
+    end of each of its weights files.
+    """
     commit = getattr(load_config(model_id, revision=revision), "_commit_hash", None)
     if commit is not None:
         return commit
@@ -171,7 +209,10 @@ def model_revision(model_id: str, *, revision: str) -> str:
 
 
 def dataset_sha256(dataset: Dataset) -> str:
-    """Of every token and label in their order, however they are cut into files and chunks."""
+    """A hash of every row's tokens and labels, in order.
+
+    Chunks and files of the dataset do not matter: only where one row ends and the next begins.
+    """
     digest = hashlib.sha256()
     for batch in dataset.with_format("arrow").iter(batch_size=1000):
         for name in ("input_ids", "labels"):
@@ -182,12 +223,13 @@ def dataset_sha256(dataset: Dataset) -> str:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Of the run that wrote a complete checkpoint."""
-    return RunRecord.from_json(read_manifest(folder)["fingerprint"])
+    """The record in a complete checkpoint's manifest. Raises UserError if it holds none."""
+    fingerprint = read_manifest(folder).get("fingerprint", {})
+    return RunRecord.from_json(fingerprint, file=folder / MANIFEST)
 
 
-def check_same_run(checkpoint: str, saved: RunRecord, current: RunRecord) -> None:
-    """Raise UserError, naming every difference, if the checkpoint is another run's."""
+def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:
+    """Raise UserError, naming every difference, if the checkpoint belongs to another run."""
     before, now = saved.identity(), current.identity()
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}"

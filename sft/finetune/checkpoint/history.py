@@ -1,7 +1,11 @@
-"""What interruptions cost: each launch of a run keeps a small file beside its checkpoints."""
+"""The launches of a run, and what its interruptions cost.
+
+Each launch keeps a small JSON file, launches/NNNN.json, beside the run's checkpoints.
+"""
 
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,14 +14,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from finetune.checkpoint.fingerprint import read_record
-from finetune.checkpoint.manifest import check_complete, checkpoints
+from finetune.checkpoint.manifest import newest_checkpoint
 from finetune.checkpoint.saver import Saver
 
 FOLDER = "launches"
 
 
 def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of the launches so far, the oldest first; one torn by a kill is left out."""
+    """The records of the launches so far, the oldest first; a file cut off by a kill is skipped."""
     records = []
     for file in sorted((Path(run_dir) / FOLDER).glob("*.json")):
         try:
@@ -28,11 +32,12 @@ def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def conversation_date(run_dir: str | Path) -> str:
-    """The date that the run's conversations are rendered with, as YYYY-MM-DD: that of its newest
-    whole checkpoint, else the day of its first launch (UTC), today's if this is the first.
+    """The date that the run's conversations are rendered with, as YYYY-MM-DD.
+
+    It is part of every conversation's tokens, and so all launches of a run must use the same: that
+    of the newest complete checkpoint, or else the day (UTC) of the first launch, or else today.
     """
-    whole = (folder for folder in checkpoints(run_dir) if check_complete(folder) is None)
-    newest = next(whole, None)
+    newest = newest_checkpoint(run_dir)
     if newest is not None:
         return read_record(newest).data.conversation_start_date
     started = [launch["started"] for launch in read_launches(run_dir)]
@@ -40,32 +45,42 @@ def conversation_date(run_dir: str | Path) -> str:
 
 
 def first_wandb_run(run_dir: str | Path) -> str | None:
-    """The id of the W&B run that the run's first launch with a key began."""
+    """The id of the W&B run that this run's first launch with an API key started, or None."""
     return next(filter(None, (launch["wandb_run_id"] for launch in read_launches(run_dir))), None)
 
 
 class LaunchLog(TrainerCallback):
-    """Keeps this launch's record, at most a second old; only the first process writes.
+    """Writes this launch's record about once a second, and when training ends, on rank 0.
 
-    seconds: of training; updated and started: the wall clock's, to see how long nothing ran.
+    from_step, step: where the launch began and how far it is. seconds, saving_seconds: of training
+    and, within that, of waiting for saves. started, updated: Unix times, from which the time
+    between two launches follows.
     """
 
-    def __init__(self, run_dir: str | Path, saver: Saver, *, wandb_run_id: str | None) -> None:
-        self.saver = saver
+    def __init__(
+        self,
+        run_dir: str | Path,
+        saver: Saver,
+        *,
+        wandb_run_id: str | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.saver, self.clock = saver, clock
         folder = Path(run_dir) / FOLDER
         self.file = folder / f"{len(list(folder.glob('*.json'))) + 1:04}.json"
         self.record: dict[str, Any] = {"wandb_run_id": wandb_run_id}
-        self.started = self.written = time.monotonic()
+        self.started = self.written = clock()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
+        self.started = self.clock()
         self.record |= {"from_step": state.global_step, "started": time.time()}
+        # A launch that finds the run finished trains nothing: it does not count as one.
         if state.is_world_process_zero and state.global_step < state.max_steps:
             self.file.parent.mkdir(exist_ok=True)
             self.write(state)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and time.monotonic() - self.written >= 1:
+        if state.is_world_process_zero and self.clock() - self.written >= 1:
             self.write(state)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -73,22 +88,24 @@ class LaunchLog(TrainerCallback):
             self.write(state)
 
     def write(self, state: TrainerState) -> None:
-        self.written = time.monotonic()
+        """Write the record as of now."""
+        self.written = self.clock()
         self.record |= {
             "step": state.global_step,
             "seconds": round(self.written - self.started, 3),
             "saving_seconds": round(self.saver.stall_seconds, 3),
             "updated": time.time(),
         }
-        with suppress(OSError):  # a bucket that is gone is reported by the next save
+        with suppress(OSError):  # the next save reports a bucket that is gone, on all ranks
             self.file.write_text(json.dumps(self.record))
 
 
 def interruption_cost(launches: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of all launches but the last, how often and at what price they ended before the run did.
+    """How often the run was interrupted, and the price. launches: all of them, the oldest first.
 
-    minutes_lost: steps repeated, at the rate they had, and the time between two launches' training
-    (none where the clock says that the later one came first). saving_percent: of the time trained.
+    minutes_lost: the time of the steps that were repeated, at the rate of the launch that lost
+    them, and the time between two launches' training (none where the second machine's clock is
+    behind the first's). saving_percent: the share of the training time spent waiting for saves.
     """
     repeated, seconds_lost = 0, 0.0
     for before, after in zip(launches, launches[1:], strict=False):

@@ -1,9 +1,11 @@
-"""Saves in the background while training goes on; stops it on a notice or when a save has failed.
+"""Saves checkpoints in the background while training goes on, and stops a run when it must stop.
 
-    step N: copy to host memory (all that training waits for) -> training goes on
-    behind: torch DCP writes -> hash -> in the bucket -> manifest -> in the bucket -> prune
+    the step that saves     copy the weights to host memory; training waits only for this
+    WRITING, each rank      torch DCP writes the copy -> hash the files -> await their upload
+    COMMITTING, rank 0      write the manifest -> await its upload -> delete old checkpoints
 
-Ranks sync_ranks after every step, by one all_reduce of four numbers on CPU, on what to do next.
+After every step the ranks all-reduce four votes (on CPU, by gloo), so that all of them enter and
+leave a phase, save, stop or fail at the same step.
 """
 
 import errno
@@ -13,8 +15,9 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
+from enum import Enum, auto
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -26,21 +29,72 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.checkpoint.bucket import await_upload
 from finetune.checkpoint.manifest import (
-    check_complete,
-    checkpoints,
     files_of_rank,
     manifest_entries,
+    newest_checkpoint,
     prune,
     write_manifest,
 )
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
 
+# A disk with less free space counts as full: a write that failed for lack of space may have left
+# a little of it.
 FULL_BYTES = 2**20
+# An upload may take longer than any collective of training, and ranks wait here for each other's.
+# A rank that hangs is found by the watchdog (training/watchdog.py), not by this timeout.
+COLLECTIVE_TIMEOUT = timedelta(days=1)
+
+Entries = dict[str, dict[str, Any]]  # of the manifest: size and SHA-256 of each file
+
+
+class Phase(Enum):
+    """How far the save under way is. All ranks are in the same phase."""
+
+    IDLE = auto()  # there is no save under way
+    WRITING = auto()  # each rank writes, hashes and uploads its own files
+    COMMITTING = auto()  # rank 0 writes and uploads the manifest, then deletes old checkpoints
+
+
+class Votes(NamedTuple):
+    """What one rank reports after a step; after the all-reduce, what holds for any rank."""
+
+    notice: bool  # SIGTERM was received
+    due: bool  # it is time for another save
+    failed: bool  # the background job ended with an error
+    running: bool  # the background job has not ended
+
+
+def free_bytes(folder: Path) -> int:
+    """The free space of the disk that holds the folder."""
+    return shutil.disk_usage(folder).free
+
+
+def make_stager() -> DefaultStager:
+    """What copies tensors to host memory for torch DCP, while training waits.
+
+    The copy is synchronous, since the next optimizer step changes the tensors that are copied.
+    Shared memory is for a checkpointer in another process; here a thread writes.
+    """
+    is_cuda = torch.cuda.is_available()
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=is_cuda,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=is_cuda,
+        )
+    )
 
 
 class Saver(TrainerCallback):
-    """Decides with the other ranks when to save, and carries each save to its end."""
+    """Decides together with the other ranks when to save, and sees each save through to its end.
+
+    Public state: `preempted` (SIGTERM reached a rank) and `noticed_at` (when, by the clock);
+    `stall_seconds` (how long training has waited for saves so far); `is_waiting` (finish() runs).
+
+    await_upload, clock (seconds) and free_bytes are parameters so that tests can replace them.
+    """
 
     def __init__(
         self,
@@ -50,148 +104,219 @@ class Saver(TrainerCallback):
         every_minutes: float,
         keep: int | None,
         manifest: dict[str, Any],
+        await_upload: Callable[[list[Path]], None] = await_upload,
+        clock: Callable[[], float] = time.monotonic,
+        free_bytes: Callable[[Path], int] = free_bytes,
     ) -> None:
         self.run_dir = run_dir
+        self.notice = notice
         self.every_seconds = every_minutes * 60
         self.keep = keep
         self.manifest = manifest
-        self.notice = notice
+        self.await_upload, self.clock, self.free_bytes = await_upload, clock, free_bytes
+
         self.preempted, self.noticed_at = False, 0.0
-        self.stall_seconds = 0.0  # training stood still for this long
-        self.is_waiting = False  # for the save before this one to end
-        self.saving: Path | None = None  # the same on every rank, until its manifest is durable
-        self.described = False
-        self.pending: Future[Any] | None = None  # what this rank does for it in the background
-        self.last_step, self.last_saved = -1, time.monotonic()
+        self.stall_seconds = 0.0
+        self.is_waiting = False
+
+        self.phase = Phase.IDLE
+        self.folder: Path | None = None  # the checkpoint that is being saved
+        self.job: Future[Any] | None = None  # this rank's background work for it
+        self.last_step, self.last_saved = -1, clock()
+        # A bucket that is unmounted leaves an empty folder on the node's disk in its place.
         self.file_system = run_dir.stat().st_dev
+        # One worker, since the jobs of a save follow each other and saves never overlap.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
-        is_cuda = torch.cuda.is_available()
-        self.stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=is_cuda,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=is_cuda,
-            )
-        )
+        # One stager for all saves: it keeps the pinned host buffers of the first save and fills
+        # them again, while a new stager would pin all of them anew, with training waiting. torch
+        # 2.13 leaves a stager that it is given open (async_save closes only one it has made);
+        # torch 2.11 closes it after each save, which ends the run at its second save.
+        self.stager = make_stager()
+        # Two gloo groups of our own. Collectives of one group must be issued in the same order on
+        # all ranks. DCP issues its own from a background thread at any time, so they cannot share
+        # a group with the main thread's. And gloo, since DCP saves from CPU memory and NCCL would
+        # queue the votes behind the GPU's work.
         distributed = dist.is_available() and dist.is_initialized()
-        # Two groups of their own, on CPU: DCP's collectives run in a thread, at any time.
-        # An upload may take longer than a collective of training; a hung rank is the watchdog's.
-        patience = timedelta(days=1)
-        self.step_group = dist.new_group(backend="gloo", timeout=patience) if distributed else None
-        self.dcp_group = dist.new_group(backend="gloo", timeout=patience) if distributed else None
+        self.step_group = self.dcp_group = None
+        if distributed:
+            self.step_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+            self.dcp_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        due = time.monotonic() - self.last_saved > self.every_seconds
-        if self.sync_ranks(due):
+        """Tell Trainer to save if a save is due; after a notice, to save and stop."""
+        if self.sync_ranks(due=self.clock() - self.last_saved > self.every_seconds):
             control.should_save = True
         if self.preempted:
             control.should_save = control.should_training_stop = True
 
-    def sync_ranks(self, due: bool = False) -> bool:
-        """One word from every rank; returns whether to save now. Raises UserError on a failure."""
-        done = self.pending is None or self.pending.done()
-        failed = done and self.pending is not None and self.pending.exception() is not None
-        is_first = PartialState().is_main_process  # one clock decides
-        votes = torch.tensor([self.notice.received, due and is_first, failed, not done])
-        votes = votes.to(torch.int32)
-        if self.step_group is not None:
-            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.step_group)
-        noticed, due, failed, busy = votes.bool().tolist()
-        if noticed and not self.preempted:
-            self.preempted, self.noticed_at = True, self.notice.received_at or time.monotonic()
-        if failed:
-            self.report_failure(self.pending.exception() if self.pending and done else None)
-        if self.saving is not None and not busy:
+    def sync_ranks(self, *, due: bool = False) -> bool:
+        """All-reduce the votes of all ranks and act on them; return whether to save now.
+
+        Called by all ranks. Raises UserError on all of them if a save has failed on one.
+        """
+        votes = self.vote(due)
+        anywhere = self.all_reduce(votes)
+        if anywhere.notice and not self.preempted:
+            self.preempted, self.noticed_at = True, self.notice.received_at or self.clock()
+        if anywhere.failed:
+            # A job may have failed since this rank voted: only what was voted on is reported.
+            self.report_failure(self.job.exception() if votes.failed and self.job else None)
+        if not anywhere.running:
             self.next_phase()
-        return due and self.saving is None
+        # A save that comes due while another one runs waits for it: `due` is voted on again after
+        # the next step.
+        return anywhere.due and self.phase is Phase.IDLE
+
+    def vote(self, due: bool) -> Votes:
+        """What this rank reports. due: by this rank's clock."""
+        running = self.job is not None and not self.job.done()
+        return Votes(
+            notice=self.notice.received,
+            # Rank 0's clock decides alone. The ranks' clocks pass the limit at slightly different
+            # times, and with all of them the fastest one would set the interval.
+            due=due and PartialState().is_main_process,
+            failed=self.job is not None and not running and self.job.exception() is not None,
+            running=running,
+        )
+
+    def all_reduce(self, votes: Votes) -> Votes:
+        """For each vote, whether any rank has cast it."""
+        if self.step_group is None:
+            return votes
+        tensor = torch.tensor(votes, dtype=torch.int32)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.step_group)
+        return Votes(*tensor.bool().tolist())
 
     def save(
         self, step: int, state_dict: dict[str, Any] | None, write: Callable[[Path], None]
     ) -> None:
-        """Start saving a checkpoint: state_dict by DCP, what `write` writes into its folder.
+        """Start saving a checkpoint: state_dict by torch DCP (None: nothing), and small files by
+        `write`, which is given the checkpoint's folder.
 
-        Returns when both may change again. The save before is brought to its end first.
+        Called by all ranks. Returns as soon as training may change the tensors again. Does nothing
+        if this step has been saved. Raises UserError on all ranks if one of them fails.
         """
-        started = time.monotonic()
-        folder = self.run_dir / f"checkpoint-{step}"
+        # Trainer may ask twice at one step: at the step's end and at its epoch's.
         if step == self.last_step:
             return
+        started = self.clock()
+        # The save before this one must have ended: the stager's buffers are about to be filled
+        # again, and while they are still being written that would corrupt its files.
         self.finish()
-        missing = next(filter(None, self.gather(self.mount_problem())), None)
-        if missing is not None:
-            raise UserError(missing)
-        if PartialState().is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # torn by a launch before this one
-        self.barrier()
-        error: Exception | None = None
-        try:
-            folder.mkdir(parents=True, exist_ok=True)  # other nodes see the bucket's folders late
-            write(folder)
-        except (OSError, RuntimeError) as failure:  # torch.save makes the one of the other
-            error = failure
-        self.saving, self.described = folder, False
-        self.report_failure(error)
-        written = None
-        if state_dict is not None:
-            written = cast(
-                Future[Any],
-                dcp.async_save(
-                    state_dict,
-                    checkpoint_id=folder,
-                    process_group=self.dcp_group,
-                    async_stager=self.stager,
-                ),
-            )
-        self.pending = self.executor.submit(self.write_and_upload, folder, written)
-        self.last_step, self.last_saved = step, time.monotonic()
+        self.check_mount()
+        self.folder = self.remove_remains(step)
+        self.report_failure(self.write_small_files(self.folder, write))
+        written = self.start_dcp(self.folder, state_dict)
+        self.job = self.executor.submit(self.write_and_upload, self.folder, written)
+        self.phase = Phase.WRITING
+        self.last_step, self.last_saved = step, self.clock()
         self.stall_seconds += self.last_saved - started
 
-    def write_and_upload(
-        self, folder: Path, written: Future[Any] | None
-    ) -> dict[str, dict[str, Any]]:
-        """In the background: this rank's files, written and in the bucket, as manifest entries."""
+    def check_mount(self) -> None:
+        """Raise UserError on all ranks if one of them no longer sees the bucket."""
+        problems = self.gather(self.mount_problem())
+        for problem in problems:
+            if problem is not None:
+                raise UserError(problem)
+
+    def remove_remains(self, step: int) -> Path:
+        """The folder of this step's checkpoint, without what an earlier launch has left in it."""
+        folder = self.run_dir / f"checkpoint-{step}"
+        if PartialState().is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.barrier()  # no rank writes before rank 0 has deleted
+        return folder
+
+    def write_small_files(self, folder: Path, write: Callable[[Path], None]) -> Exception | None:
+        """Call `write` on the folder; return the error, which the ranks have yet to share."""
+        try:
+            # Every rank makes it: a node sees the folders that another made in the bucket late.
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError for a full disk
+            return error
+        return None
+
+    def start_dcp(self, folder: Path, state_dict: dict[str, Any] | None) -> Future[Any] | None:
+        """Copy the tensors to host memory and let torch DCP write them in a thread of its own."""
+        if state_dict is None:
+            return None
+        written = dcp.async_save(
+            state_dict,
+            checkpoint_id=folder,
+            process_group=self.dcp_group,
+            async_stager=self.stager,
+        )
+        return cast(Future[Any], written)  # an AsyncSaveResponse only if staging is asynchronous
+
+    def write_and_upload(self, folder: Path, written: Future[Any] | None) -> Entries:
+        """The background job of WRITING: return the manifest's entries of this rank's files once
+        the files are in the bucket.
+        """
         if written is not None:
             written.result()
         files = files_of_rank(folder, rank=PartialState().process_index)
         entries = manifest_entries(folder, files)
-        await_upload(files)
+        self.await_upload(files)
         return entries
 
     def next_phase(self) -> None:
-        """No rank is busy: from the files to the manifest, or from the manifest to the end."""
-        assert self.saving is not None
-        if self.described:
-            self.saving = self.pending = None
-            return
-        entries = self.gather(self.pending.result() if self.pending else {})
-        self.described, self.pending = True, None
-        if PartialState().is_main_process:
-            files = {name: entry for share in entries for name, entry in share.items()}
-            self.pending = self.executor.submit(self.commit, self.saving, files)
+        """Go on to the next phase. Called when no rank's job is running and none has failed."""
+        match self.phase:
+            case Phase.IDLE:
+                pass
+            case Phase.WRITING:
+                self.start_commit()
+                self.phase = Phase.COMMITTING
+            case Phase.COMMITTING:
+                self.folder = self.job = None
+                self.phase = Phase.IDLE
 
-    def commit(self, folder: Path, files: dict[str, dict[str, Any]]) -> None:
-        """In the background of the first rank: make the checkpoint whole, then drop older ones."""
-        missing = self.mount_problem()
-        if missing is not None:
-            raise UserError(missing)
-        manifest = self.manifest | {"stall_seconds": round(self.stall_seconds, 3), "files": files}
-        await_upload([write_manifest(folder, manifest)])
+    def start_commit(self) -> None:
+        """Gather the manifest's entries of all ranks; rank 0 commits, the others have no job."""
+        assert self.folder is not None and self.job is not None
+        shares = self.gather(self.job.result())
+        self.job = None
+        if PartialState().is_main_process:
+            entries = {name: entry for share in shares for name, entry in share.items()}
+            self.job = self.executor.submit(self.commit, self.folder, entries)
+
+    def commit(self, folder: Path, entries: Entries) -> None:
+        """The background job of COMMITTING, on rank 0: after it the checkpoint is complete.
+
+        The manifest comes last. The bucket receives files in any order, and so a manifest that was
+        written earlier could be there, after a loss of the node, without the files that it lists.
+        """
+        # Without this, the manifest of a bucket that is gone would land on the node's own disk.
+        problem = self.mount_problem()
+        if problem is not None:
+            raise UserError(problem)
+        manifest = self.manifest | {
+            "stall_seconds": round(self.stall_seconds, 3),
+            "files": entries,
+        }
+        self.await_upload([write_manifest(folder, manifest)])
+        # Only now: until the manifest is in the bucket, the checkpoint before is the newest one
+        # that a new node would find.
         prune(folder, keep=self.keep)
 
     def finish(self) -> None:
-        """Bring the save under way to its end, durable, on every rank."""
+        """Return when the save under way, if there is one, is complete and in the bucket.
+
+        Must be called by all ranks, since each phase ends with collectives of all of them. Raises
+        UserError on all ranks if the save fails.
+        """
         self.is_waiting = True
-        while self.saving is not None:
-            if self.pending is not None:
-                wait([self.pending])
+        while self.phase is not Phase.IDLE:
+            if self.job is not None:
+                wait([self.job])
             self.sync_ranks()
         self.is_waiting = False
 
     def mount_problem(self) -> str | None:
-        """That run_dir is not in the file system it was: unmounted, or gone; or None."""
+        """A message if run_dir is not in the file system that it was in at the start, or None."""
         try:
             same = self.run_dir.stat().st_dev == self.file_system
         except OSError:
@@ -199,29 +324,33 @@ class Saver(TrainerCallback):
         return None if same else f"{self.run_dir} is no longer mounted: is the bucket gone?"
 
     def report_failure(self, error: BaseException | None) -> None:
-        """Raise UserError on every rank for the first rank that has an error, if one has."""
+        """Raise UserError on all ranks if one of them has an error; it names the first such rank.
+
+        Called by all ranks, with None where nothing failed: if only one rank raised, the others
+        would wait for it in their next collective.
+        """
         reasons = self.gather(None if error is None else self.reason_for(error))
-        failures = [(rank, reason) for rank, reason in enumerate(reasons) if reason is not None]
-        if not failures:
-            return
-        rank, reason = failures[0]
-        whole = next(
-            (f.name for f in checkpoints(self.run_dir) if check_complete(f) is None), "none"
-        )
-        raise UserError(
-            f"saving {self.saving} failed on rank {rank}: {reason}; "
-            f"training stops, the last whole checkpoint is {whole}"
-        )
+        for rank, reason in enumerate(reasons):
+            if reason is not None:
+                newest = newest_checkpoint(self.run_dir)
+                raise UserError(
+                    f"saving {self.folder} failed on rank {rank}: {reason}; training stops, "
+                    f"the last complete checkpoint is {newest.name if newest else 'none'}"
+                )
 
     def reason_for(self, error: BaseException) -> str:
-        """One line for an error, of DCP's wrapped ones the first."""
+        """One line for an error. DCP raises one CheckpointException for the errors of all ranks:
+        the first of those is named.
+        """
         if isinstance(error, CheckpointException) and error.failures:
             error = next(iter(error.failures.values()))[0]
-        if isinstance(error, RuntimeError) and shutil.disk_usage(self.run_dir).free < FULL_BYTES:
-            return os.strerror(errno.ENOSPC)  # which torch's own writer does not say
+        # torch's zip writer raises a RuntimeError about positions in a file when the disk is full.
+        if isinstance(error, RuntimeError) and self.free_bytes(self.run_dir) < FULL_BYTES:
+            return os.strerror(errno.ENOSPC)
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     def gather(self, value: Any) -> list[Any]:
+        """The value of each rank, in their order, on all ranks."""
         if self.step_group is None:
             return [value]
         values = [None] * dist.get_world_size(self.step_group)
@@ -229,5 +358,6 @@ class Saver(TrainerCallback):
         return values
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.step_group is not None:
             dist.barrier(group=self.step_group)

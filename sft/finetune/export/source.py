@@ -16,7 +16,13 @@ from trl import ModelConfig
 
 from finetune.checkpoint.artifact import ARTIFACT, SUMMARY, is_finished
 from finetune.checkpoint.fingerprint import RunRecord, read_record
-from finetune.checkpoint.manifest import check_complete, check_hashes, checkpoints, read_manifest
+from finetune.checkpoint.manifest import (
+    check_hashes,
+    complete_checkpoints,
+    newest_checkpoint,
+    print_skipped,
+    read_manifest,
+)
 from finetune.errors import UserError
 from finetune.model.weights import BaseWeights
 
@@ -57,7 +63,10 @@ class FinalArtifact(RunWeights):
                 f"{folder / SUMMARY} is torn: is the run writing it just now?"
             ) from error
         values = summary.get("run")
-        record = RunRecord.from_json(values) if values else newest_record(run_dir)
+        if values:
+            record = RunRecord.from_json(values, file=folder / SUMMARY)
+        else:
+            record = newest_record(run_dir)
         super().__init__(folder, step=summary.get("steps"), record=record)
         if self.is_adapter:
             self.files = read_names([folder / ADAPTER])
@@ -82,8 +91,7 @@ class SavedCheckpoint(RunWeights):
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
-        record = RunRecord.from_json(manifest["fingerprint"])
-        super().__init__(folder, step=manifest["step"], record=record)
+        super().__init__(folder, step=manifest["step"], record=read_record(folder))
         if not (folder / ".metadata").exists():
             raise UserError(f"{folder} is DeepSpeed's: export once the run has finished")
         self.reader = FileSystemReader(folder)
@@ -119,13 +127,13 @@ class SavedCheckpoint(RunWeights):
 
 def newest_record(run_dir: Path) -> RunRecord:
     """For an artifact that holds none. Raises UserError if no checkpoint does."""
-    whole = [folder for folder in checkpoints(run_dir) if check_complete(folder) is None]
-    if not whole:
+    newest = newest_checkpoint(run_dir)
+    if newest is None:
         raise UserError(
             f"{run_dir} does not say which model was trained: its {SUMMARY} lacks it, "
-            "and there is no whole checkpoint"
+            "and there is no complete checkpoint"
         )
-    return read_record(whole[0])
+    return read_record(newest)
 
 
 def read_names(files: list[Path]) -> dict[str, Path]:
@@ -151,17 +159,18 @@ def find_run_weights(run_dir: Path, *, origin: str | None = None, check: bool = 
     artifact = run_dir if is_finished(run_dir) else run_dir / ARTIFACT
     if is_finished(artifact) and not (origin or "").startswith("checkpoint"):
         return FinalArtifact(artifact, run_dir=run_dir)
-    problems = []
-    for folder in checkpoints(run_dir):
-        problem = check_complete(folder)
-        if problem is None and origin in (None, folder.name):
+    problems: list[str] = []
+
+    def skip(folder: Path, problem: str) -> None:
+        print_skipped(folder, problem)
+        problems.append(f"{folder.name}: {problem}")
+
+    for folder in complete_checkpoints(run_dir, on_skip=skip):
+        if origin in (None, folder.name):
             damage = check_hashes(folder) if check else None
             if damage is not None:
                 raise UserError(f"{folder}: {damage}; delete it to export the one before")
             return SavedCheckpoint(folder)
-        if problem is not None:
-            print(f"checkpoint {folder} is skipped: {problem}", flush=True)
-            problems.append(f"{folder.name}: {problem}")
     if origin is not None:
         raise UserError(
             f"--output holds the beginning of an export of {origin}, which the run has deleted "

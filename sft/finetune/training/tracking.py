@@ -1,4 +1,4 @@
-"""One run is one W&B run, however often it is launched."""
+"""All launches of a run continue the same W&B run."""
 
 import os
 import re
@@ -8,12 +8,14 @@ from finetune.node import task_id
 
 
 def configure_wandb(output_dir: str, *, run_name: str | None) -> str | None:
-    """Tell wandb, by its own variables, which run to go on with; the id of that run.
+    """Set wandb's environment variables so that it continues this run's W&B run; return its id.
 
-    It is the run of the first launch that had a key, else one named after SkyPilot's task. None
-    outside SkyPilot on a first launch: wandb makes an id of its own.
+    That is the W&B run of the first launch that had an API key, or else one whose id is SkyPilot's
+    task id. None on a first launch outside SkyPilot: wandb makes up an id. Variables that the user
+    has set are left as they are.
     """
     task = task_id()
+    # wandb accepts no other characters than these in an id.
     run_id = first_wandb_run(output_dir) or (re.sub(r"[^\w-]", "-", task) if task else None)
     if run_id is not None:
         os.environ.setdefault("WANDB_RUN_ID", run_id)

@@ -18,14 +18,19 @@ from trl import SFTTrainer
 from finetune.checkpoint.saver import Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
 
-# A LoRA checkpoint holds the adapter, not the frozen base.
+# A LoRA checkpoint holds the adapter and not the frozen base, which can be downloaded again.
+# strict=False, since on loading the frozen parameters are then missing from it.
 OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 class ResumableSFTTrainer(SFTTrainer):
-    """Weights and optimizer go through torch DCP; what is small, Trainer's own way.
+    """Saves weights and optimizer by torch DCP through a Saver, and small files as Trainer does.
 
-    DeepSpeed keeps its own format, saved while training waits.
+    DCP stores shards with their place in the whole tensor: a checkpoint of eight ranks can be
+    resumed on two. Under DeepSpeed a checkpoint has DeepSpeed's own format, which ties it to the
+    number of ranks, and training waits while it is written.
+
+    weights: where the values come from if the model is on the meta device.
     """
 
     def __init__(
@@ -37,38 +42,52 @@ class ResumableSFTTrainer(SFTTrainer):
         self.add_callback(saver)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Of parameters where they will be trained: a model on the meta device is sharded first."""
+        """Create the optimizer; before that, shard a model on the meta device and fill it.
+
+        An optimizer keeps references to the parameters it is given, and sharding replaces them.
+        """
         if self.weights is not None and next(self.model.parameters()).is_meta:
             shard_and_fill(self.accelerator, self.model, self.weights)
         return super().create_optimizer(*args, **kwargs)
 
     def state_to_save(self) -> dict[str, Any]:
+        """The state dict of a checkpoint: this rank's shards of weights and optimizer states, by
+        the names of the parameters.
+        """
         weights, optimizer = get_state_dict(
             self.model_wrapped, self.optimizer.optimizer, options=OPTIONS
         )
         return {"model": weights, "optimizer": optimizer}
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Called by Trainer on all ranks whenever control.should_save is set."""
         step = self.state.global_step
         if self.is_deepspeed_enabled:
             stock = super()._save_checkpoint
             self.saver.save(step, None, lambda folder: stock(model, trial))
             return
-        self.store_flos()
+        self.store_flos()  # Trainer does so first as well: it puts total_flos into the state
         self.saver.save(step, self.state_to_save(), self.write_small_files)
 
     def write_small_files(self, folder: Path) -> None:
+        """What a resume needs beside weights and optimizer."""
         self._save_rng_state(str(folder))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
             self.state.save_to_json(str(folder / "trainer_state.json"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Nothing yet: weights come with the optimizer's states, once both are laid out."""
+        """No-op: weights are loaded together with the optimizer's states, in
+        _load_optimizer_and_scheduler. Trainer calls this earlier, in data parallel before the
+        optimizer exists.
+        """
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load weights, optimizer and scheduler, however many ranks wrote the checkpoint."""
         if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
+        # dcp.load reads into the tensors of the state dict that it is given: the current one tells
+        # it which shards this rank needs.
         state_dict = self.state_to_save()
         dcp.load(state_dict, checkpoint_id=checkpoint)
         set_state_dict(
@@ -83,11 +102,14 @@ class ResumableSFTTrainer(SFTTrainer):
 
 
 class RunFinished(Exception):
-    """The checkpoint resumed from already holds every step of the run."""
+    """The checkpoint that training resumed from is that of the run's last step."""
 
 
 class StopIfFinished(TrainerCallback):
-    """Raise RunFinished where Trainer would train a step too many (seen in transformers 5.23.0)."""
+    """Raises RunFinished when all steps are done already.
+
+    Trainer (transformers 5.23.0) looks at max_steps only after a step, and would train one more.
+    """
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -95,19 +117,22 @@ class StopIfFinished(TrainerCallback):
 
 
 def configure_gradients(trainer: SFTTrainer) -> None:
-    """Under FSDP2, add gradients up over the ranks in fp32, batch by batch; leave the loss alone.
+    """Set how gradients are summed over the ranks. Called before trainer.train(), which wraps the
+    model.
 
-    accelerate 1.15.0 sets all three dtypes of the policy to bf16, so that even the logged loss is
-    rounded to three digits; torchtitan's defaults are these. And while it accumulates batches it
-    keeps the gradient of the whole model on every GPU: 84 GB for 20b.
-
-    In data parallel, gradients lie in the buckets they are exchanged in: no second copy of them.
+    FSDP2: in fp32, and after every batch. DDP: in place.
     """
     accelerator = trainer.accelerator
     if trainer.is_fsdp_enabled:
+        # accelerate 1.15.0 sets all three dtypes of the policy to bf16. Sums of gradients lose
+        # precision in bf16, and with output_dtype the logged loss would be rounded to three digits.
+        # torchtitan's defaults are these two.
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32
         )
+        # By default accelerate reduces gradients only after the last batch of a step. Until then
+        # every GPU would hold the unsharded gradient of the whole model: 84 GB for 20b.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     elif accelerator.ddp_handler is not None:
+        # Gradients then live in the buckets that DDP exchanges, without a second copy.
         accelerator.ddp_handler.gradient_as_bucket_view = True

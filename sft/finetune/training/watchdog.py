@@ -1,4 +1,8 @@
-"""Ends a run that hangs, and says which rank did: collectives alone wait, and name nobody."""
+"""Ends a run that hangs, and names the rank that caused it.
+
+If one rank hangs, the others wait for it in a collective. Without this they would wait for the
+collective's timeout, whose message does not say which rank was missing.
+"""
 
 import json
 import os
@@ -15,29 +19,32 @@ from transformers import TrainerCallback, TrainerState
 
 
 class Watchdog(TrainerCallback):
-    """A thread on each rank that posts to torch's store how far the rank is, and reads the others.
+    """A thread on each rank that posts the rank's progress to torch's store and watches over it.
 
-    timeout: seconds without a step, or a batch of evaluation, before every rank ends with status 1.
-    is_excused: whether this rank waits for something that may take longer, an upload for example.
+    Progress is a batch, of training or of evaluation. After `timeout` seconds without any, the
+    rank reads the posts of all ranks and ends with status 1. The first rank whose process still
+    runs prints which ranks are to blame. is_excused: whether this rank is waiting for something
+    that may take longer, for example an upload.
     """
 
     def __init__(self, *, timeout: float, is_excused: Callable[[], bool]) -> None:
         self.timeout = timeout
         self.is_excused = is_excused
-        self.interval = min(5.0, timeout / 10)
-        self.step = self.moves = 0
-        self.moved = time.monotonic()
+        self.interval = min(5.0, timeout / 10)  # seconds between two posts
+        self.step = self.moves = 0  # moves: batches so far
+        self.moved = time.monotonic()  # when the last batch ended
         self.ended = threading.Event()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if dist.is_available() and dist.is_initialized():
             self.move(state)
-            # A connection of its own: the main thread may hang while it uses the other.
+            # A connection of its own: the main thread may hang while it holds the other's lock.
             self.store = _get_default_store().clone()  # type: ignore[attr-defined]
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
 
     def move(self, state: TrainerState) -> None:
+        """Note that this rank has made progress."""
         self.step, self.moves, self.moved = state.global_step, self.moves + 1, time.monotonic()
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -58,6 +65,7 @@ class Watchdog(TrainerCallback):
         self.ended.set()
 
     def watch(self) -> None:
+        """The thread: post until training ends, or end the process if it hangs."""
         beat = 0
         while not self.ended.wait(self.interval):
             beat += 1
@@ -66,33 +74,39 @@ class Watchdog(TrainerCallback):
                 self.moved = time.monotonic()
             if time.monotonic() - self.moved > self.timeout:
                 before = self.posts()
-                for _ in range(3):  # a rank that lives posts meanwhile
+                # A rank whose process runs posts at least once in this time, even if its main
+                # thread hangs. One that was stopped, or whose node is gone, does not.
+                for _ in range(3):
                     beat += 1
                     self.post(beat)
                     self.ended.wait(self.interval)
                 self.report(before, self.posts())
-                os._exit(1)
+                os._exit(1)  # the main thread hangs in a collective: it would not see an exception
 
     def post(self, beat: int) -> None:
+        """Put this rank's progress into the store. beat: different in every post."""
         post = {"beat": beat, "moves": self.moves, "step": self.step, "host": socket.gethostname()}
         self.store.set(f"watchdog/{self.rank}", json.dumps(post))
 
     def posts(self) -> list[dict[str, Any]]:
-        """Every rank's last post; an empty one of a rank that never posted."""
+        """The last post of each rank; an empty dict for a rank that never posted."""
         keys = [f"watchdog/{rank}" for rank in range(self.world_size)]
         return [json.loads(self.store.get(key)) if self.store.check([key]) else {} for key in keys]
 
     def report(self, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-        """Name the ranks to blame; the first rank that is alive speaks."""
+        """Print which ranks are to blame, if this is the first rank whose process runs.
+
+        before, after: the posts of all ranks at two times.
+        """
         silent = [n for n, (old, new) in enumerate(zip(before, after, strict=True)) if old == new]
         alive = [n for n in range(self.world_size) if n not in silent]
         if not alive or self.rank != alive[0]:
             return
         behind = [n for n in alive if after[n]["moves"] < max(after[m]["moves"] for m in alive)]
         if silent:
-            verdict = f"{names(silent, after)} gave no sign of life: its process or its node stands"
+            verdict = f"{names(silent, after)}: process or node is not responding"
         elif behind:
-            verdict = f"{names(behind, after)} is behind the others, which wait for it"
+            verdict = f"{names(behind, after)}: behind the other ranks, which wait for it"
         else:
             verdict = "all ranks wait in the same place: a GPU or the network between them hangs"
         print(
@@ -103,4 +117,5 @@ class Watchdog(TrainerCallback):
 
 
 def names(ranks: list[int], posts: list[dict[str, Any]]) -> str:
+    """The ranks with their hosts, as a message names them."""
     return ", ".join(f"rank {rank} (host {posts[rank].get('host', '?')})" for rank in ranks)
