@@ -19,14 +19,24 @@ class RunArguments:
 
     save_every_minutes: float = field(
         default=5.0,
-        metadata={"help": "Save whenever this long has passed; a save must reach the bucket too."},
+        metadata={
+            "help": "Minutes between checkpoints, whatever --save_steps says. A run that is killed "
+            "loses at most these, plus the time that writing and uploading a checkpoint takes."
+        },
     )
     ignore_fingerprint: bool = field(
-        default=False, metadata={"help": "Resume even a checkpoint of a run defined otherwise."}
+        default=False,
+        metadata={
+            "help": "Resume although the model, the data or a hyperparameter differs from those of "
+            "the run that wrote the checkpoint."
+        },
     )
     dequantize: bool | None = field(
         default=None,
-        metadata={"help": "Unpack MXFP4 experts to bf16 once. Unset: only where they are trained."},
+        metadata={
+            "help": "Unpack the MXFP4 experts to bf16 while loading, four times the memory. By "
+            "default only where they are trained: LoRA keeps them packed."
+        },
     )
 
 
@@ -133,10 +143,10 @@ def check_flags(config: Config) -> None:
 
 
 def check_unused_flags(config: Config) -> None:
-    """Raise UserError for flags of TRL's that would be ignored here, or fail on every rank."""
+    """Raise UserError for TRL's flags that this project would ignore, or that fail on every rank."""
     script, training, model = config.script, config.training, config.model
     asked = training.report_to or []
-    # What `all` stands for; trl's default is nothing.
+    # `--report_to all` arrives here as this list of everything that is installed.
     reports = [] if asked == get_available_reporting_integrations() else asked
     refusals = {
         "--use_dora: DoRA does not know expert weights; remove it": model.use_dora,

@@ -45,6 +45,14 @@ class CommandLine(HfArgumentParser):
     def __init__(self, *dataclass_types: Any, description: str | None) -> None:
         super().__init__(dataclass_types, description=description, formatter_class=Formatter)
 
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """The dataclasses and, where there are other arguments, the namespace that holds them."""
+        kwargs["return_remaining_strings"] = True  # else the parent raises ValueError for them
+        *parsed, unknown = super().parse_args_into_dataclasses(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return tuple(parsed)
+
     def error(self, message: str) -> NoReturn:
         print("error:", one_line(message, list(self._option_string_actions)), file=sys.stderr)
         sys.exit(2)

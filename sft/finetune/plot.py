@@ -1,4 +1,4 @@
-"""The losses of a run as a picture beside its artifact, for those who use no W&B."""
+"""The loss curve of a run, as a picture beside its artifact."""
 
 from pathlib import Path
 from typing import Any

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def evaluations(state: "TrainerState") -> dict[str, list[float | None]]:
-    """Of the held-out share, [before, after] training: loss, perplexity, token accuracy (0 to 1).
+    """Loss, perplexity and token accuracy (0 to 1) of the held-out share, each [before, after].
 
-    before is None if no launch of the run evaluated at step 0; nothing if none ever did.
+    before is None if no launch of the run evaluated at step 0. Empty if none ever evaluated.
     """
     entries = [entry for entry in state.log_history if "eval_loss" in entry]
     if not entries:
@@ -33,7 +33,7 @@ def evaluations(state: "TrainerState") -> dict[str, list[float | None]]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
+    """exp(loss), or infinity where that is too large for a float."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -48,7 +48,7 @@ def print_summary(summary: dict[str, Any], *, title: str) -> None:
 
 
 def as_text(value: Any) -> str:
-    """[before, after] with an arrow; integers with commas."""
+    """A value for the table: [before, after] with an arrow, integers with commas."""
     if isinstance(value, list):
         return " -> ".join("not evaluated" if part is None else str(part) for part in value)
     return f"{value:,}" if isinstance(value, int) else str(value)
