@@ -143,7 +143,7 @@ def check_flags(config: Config) -> None:
 
 
 def check_unused_flags(config: Config) -> None:
-    """Raise UserError for TRL's flags that this project would ignore, or that fail on every rank."""
+    """Raise UserError for flags of TRL that would be ignored here, or would fail on every rank."""
     script, training, model = config.script, config.training, config.model
     asked = training.report_to or []
     # `--report_to all` arrives here as this list of everything that is installed.
