@@ -1,7 +1,7 @@
-"""What a finished run leaves, and when it says so."""
+"""The artifact of a finished run, and when it counts as complete."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from trl import ModelConfig
 
-from finetune.checkpoint import bucket
 from finetune.checkpoint.artifact import SUMMARY, is_finished, save_artifact
+from finetune.checkpoint.bucket import await_upload
 from finetune.model.loading import load_model, load_tokenizer
 from finetune.model.lora import lora_config
 from finetune.model.weights import BaseWeights
@@ -26,41 +26,38 @@ def adapted(tiny_model: Path) -> Any:
     return get_peft_model(model, lora_config(model, args))
 
 
-def test_it_is_finished_when_the_bucket_has_it(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_summary_is_written_after_the_weights_have_been_uploaded(
+    tiny_model: Path, tmp_path: Path
 ) -> None:
-    """rclone uploads in no order: a summary that came first would stand for lost weights."""
+    """rclone uploads files in any order: a summary that was there first would outlive the weights
+    if the node was lost.
+    """
     artifact, records = tmp_path / "final", tmp_path / "vfsMeta"
     records.mkdir()
     (records / WEIGHTS).write_text('{"Dirty": true}')
-    monkeypatch.setattr(bucket, "cache_of", lambda folder: records)
-    looked = []
+    summary_was_there = []
 
-    def is_uploaded(record: Path) -> bool:
-        uploaded = not record.exists() or not json.loads(record.read_text())["Dirty"]
-        if record.name == WEIGHTS and not uploaded:
-            looked.append((artifact / SUMMARY).exists())
-            if len(looked) == 3:
-                record.write_text('{"Dirty": false}')
-        return uploaded
+    def poll(seconds: float) -> None:
+        """rclone uploads the weights while await_upload sleeps for the third time."""
+        summary_was_there.append((artifact / SUMMARY).exists())
+        if len(summary_was_there) == 3:
+            (records / WEIGHTS).write_text('{"Dirty": false}')
 
-    monkeypatch.setattr(bucket, "is_uploaded", is_uploaded)
-    with ThreadPoolExecutor() as executor:
-        executor.submit(
-            save_artifact,
-            Accelerator(cpu=True),
-            adapted(tiny_model),
-            load_tokenizer(str(tiny_model)),
-            artifact=artifact,
-            summary={"steps": 4},
-        ).result()
-    assert looked == [False] * 3
+    save_artifact(
+        Accelerator(cpu=True),
+        adapted(tiny_model),
+        load_tokenizer(str(tiny_model)),
+        artifact=artifact,
+        summary={"steps": 4},
+        await_upload=partial(await_upload, find_records=lambda folder: records, sleep=poll),
+    )
+    assert summary_was_there == [False] * 3
     assert is_finished(artifact)
     assert json.loads((artifact / SUMMARY).read_text())["files"][WEIGHTS] > 0
 
 
 @pytest.mark.parametrize("lost", [WEIGHTS, SUMMARY])
-def test_it_is_not_finished_without_its_weights(lost: str, tmp_path: Path) -> None:
+def test_an_artifact_with_a_file_cut_off_is_not_finished(lost: str, tmp_path: Path) -> None:
     (tmp_path / WEIGHTS).write_bytes(b"weights")
     (tmp_path / SUMMARY).write_text(json.dumps({"files": {WEIGHTS: 7}}))
     assert is_finished(tmp_path)

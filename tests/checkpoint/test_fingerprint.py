@@ -1,19 +1,37 @@
 """What makes two launches the same run."""
 
+import json
 from pathlib import Path
 
 import pytest
 from datasets import Dataset, concatenate_datasets
 
 from finetune.arguments import parse_args
-from finetune.checkpoint.fingerprint import RunRecord, check_same_run, dataset_sha256, run_record
+from finetune.checkpoint.fingerprint import (
+    HELD_OUT,
+    LORA,
+    PACKAGES,
+    TRAINING,
+    RunRecord,
+    check_same_run,
+    dataset_sha256,
+    model_revision,
+    read_record,
+    run_record,
+)
+from finetune.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
+from finetune.data.options import DataArguments
 from finetune.errors import UserError
 from helpers.launching import defaults
+from helpers.paths import REPO
+
+EARLIER_RUN = REPO / "tests/runs/earlier_run"
+FILE = Path("summary.json")
 
 ROWS = [{"input_ids": list(range(n)), "labels": [-100] * n} for n in range(1, 40)]
 
 
-def test_the_hash_is_of_the_tokens_however_they_lie() -> None:
+def test_the_dataset_is_hashed_by_its_tokens_not_by_its_files() -> None:
     whole = Dataset.from_list(ROWS)
     parts = concatenate_datasets([Dataset.from_list(ROWS[:7]), Dataset.from_list(ROWS[7:])])
     assert dataset_sha256(parts) == dataset_sha256(whole)
@@ -25,7 +43,7 @@ def test_the_hash_is_of_the_tokens_however_they_lie() -> None:
     )
 
 
-def test_a_change_is_named_with_both_ways_out(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_changed_flag_is_refused_and_named(tiny_model: Path, tmp_path: Path) -> None:
     dataset = Dataset.from_list(ROWS)
 
     def of(*flags: str, num_processes: int = 2) -> RunRecord:
@@ -47,9 +65,9 @@ def test_a_change_is_named_with_both_ways_out(tiny_model: Path, tmp_path: Path) 
         check_same_run("checkpoint-2", saved, of(num_processes=4))
 
 
-def test_other_weights_are_another_model(tiny_model: Path, tmp_path: Path) -> None:
-    from finetune.checkpoint.fingerprint import model_revision
-
+def test_other_weights_in_the_same_folder_are_another_model(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     before = model_revision(str(tiny_model), revision="main")
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -59,3 +77,101 @@ def test_other_weights_are_another_model(tiny_model: Path, tmp_path: Path) -> No
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert model_revision(str(copy), revision="main") != before
+
+
+def make_record() -> RunRecord:
+    """A record in which nothing has its default."""
+    return RunRecord(
+        model="openai/gpt-oss-20b",
+        model_revision="abc",
+        dataset="data.jsonl",
+        seed=7,
+        use_peft=True,
+        data=DataArguments(train_on="everything", conversation_start_date="2026-01-02"),
+        dataset_sha256="def",
+        max_length=512,
+        global_batch_size=8,
+        training={name: f"{name}'s value" for name in TRAINING},
+        lora={name: f"{name}'s value" for name in LORA},
+        packages=dict.fromkeys(PACKAGES, "1.2.3"),
+        eval_strategy="epoch",
+        dataset_config="fr",
+        dataset_train_split="some",
+        dataset_test_split="others",
+    )
+
+
+def test_a_record_survives_json() -> None:
+    record = make_record()
+    values = json.loads(json.dumps(record.to_json()))
+    assert RunRecord.from_json(values, file=FILE) == record
+    identity = json.loads(json.dumps(record.identity()))
+    assert RunRecord.from_json(identity, file=FILE).identity() == record.identity()
+
+
+def test_the_keys_are_those_of_a_run_made_by_earlier_code() -> None:
+    """Runs in users' buckets hold these keys."""
+    manifest = read_manifest(EARLIER_RUN / "interrupted/checkpoint-3")
+    summary = json.loads((EARLIER_RUN / "finished/final/summary.json").read_text())
+    assert make_record().identity().keys() == manifest["fingerprint"].keys()
+    assert make_record().to_json().keys() == summary["run"].keys()
+    for values in (manifest["fingerprint"], summary["run"]):
+        record = RunRecord.from_json(values, file=FILE)
+        assert record.other == {}
+        written = record.to_json()
+        changed = {name for name, value in values.items() if written[name] != value}
+        assert changed <= {"torch"}  # without +cpu
+
+
+def test_a_local_version_suffix_does_not_matter() -> None:
+    values = make_record().to_json()
+    on_cpu = RunRecord.from_json(values | {"torch": "2.13.0+cpu"}, file=FILE)
+    on_gpu = RunRecord.from_json(values | {"torch": "2.13.0+cu130"}, file=FILE)
+    later = RunRecord.from_json(values | {"torch": "2.14.0+cpu"}, file=FILE)
+    check_same_run("checkpoint-2", on_cpu, on_gpu)
+    with pytest.raises(UserError, match="torch 2.13.0 -> 2.14.0"):
+        check_same_run("checkpoint-2", on_cpu, later)
+
+
+def test_what_is_only_evaluated_may_change() -> None:
+    values = make_record().to_json()
+    for name in HELD_OUT:
+        other = RunRecord.from_json(values | {name: "another"}, file=FILE)
+        check_same_run("checkpoint-2", make_record(), other)
+
+
+def test_a_key_that_an_old_record_lacks() -> None:
+    """A flag of the data has its default; a flag of the training differs from any value."""
+    old = make_record().to_json()
+    del old["learn_no_thinking"], old["weight_decay"]
+    record = RunRecord.from_json(old, file=FILE)
+    assert record.data.learn_no_thinking is False
+    with pytest.raises(UserError) as refused:
+        check_same_run("checkpoint-2", record, make_record())
+    assert "(weight_decay None -> weight_decay's value)" in str(refused.value)
+
+
+def test_a_key_that_this_version_does_not_know_is_still_compared() -> None:
+    record = RunRecord.from_json(make_record().to_json() | {"new_flag": 3}, file=FILE)
+    assert record.to_json()["new_flag"] == 3
+    with pytest.raises(UserError, match="new_flag 3 -> None"):
+        check_same_run("checkpoint-2", record, make_record())
+
+
+@pytest.mark.parametrize("name", ["model", "model_revision", "dataset", "seed", "use_peft"])
+def test_a_manifest_without_a_required_key_is_named(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    fingerprint = make_record().identity()
+    del fingerprint[name]
+    write_manifest(folder, {"files": {}, "fingerprint": fingerprint})
+    with pytest.raises(UserError, match=f"{folder / MANIFEST} does not hold the run's {name}:"):
+        read_record(folder)
+
+
+def test_a_manifest_without_a_record_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    write_manifest(folder, {"files": {}})
+    with pytest.raises(UserError, match=f"{folder / MANIFEST} does not hold the run's model, "):
+        read_record(folder)

@@ -1,10 +1,22 @@
-"""What interruptions cost."""
+"""Records of launches, and what interruptions cost."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from transformers import TrainerState
 
-from finetune.checkpoint.history import interruption_cost, read_launches
+from finetune.checkpoint.history import (
+    LaunchLog,
+    conversation_date,
+    first_wandb_run,
+    interruption_cost,
+    read_launches,
+)
+from finetune.checkpoint.manifest import MANIFEST, write_manifest
+from finetune.checkpoint.saver import Saver
 
 
 def launch(from_step: int, step: int, *, started: float, seconds: float) -> dict[str, float]:
@@ -29,16 +41,74 @@ def test_repeated_steps_and_time_without_training_are_lost() -> None:
     }
 
 
-def test_a_clock_that_goes_backwards_gives_no_time_back() -> None:
+def test_a_second_machine_whose_clock_is_behind_loses_no_time() -> None:
     first = launch(0, 100, started=5000, seconds=1000)
     second = launch(100, 200, started=10, seconds=1000)
     assert interruption_cost([first, second])["minutes_lost"] == 0
     assert interruption_cost([first])["interruptions"] == 0
 
 
-def test_a_torn_record_is_left_out(tmp_path: Path) -> None:
+def test_a_record_that_was_cut_off_is_skipped(tmp_path: Path) -> None:
     (tmp_path / "launches").mkdir()
     (tmp_path / "launches/0001.json").write_text('{"step": 1}')
     (tmp_path / "launches/0002.json").write_text('{"ste')
     assert read_launches(tmp_path) == [{"step": 1}]
     assert read_launches(tmp_path / "nowhere") == []
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_launch_is_recorded_at_most_once_a_second(tmp_path: Path) -> None:
+    clock = Clock()
+    saver = cast(Saver, SimpleNamespace(stall_seconds=0.25))
+    log = LaunchLog(tmp_path, saver, wandb_run_id="w", clock=clock)
+    state = TrainerState(global_step=3, max_steps=10)
+
+    def recorded() -> dict[str, Any]:
+        (record,) = read_launches(tmp_path)
+        return record
+
+    log.on_train_begin(None, state, None)
+    assert recorded()["from_step"] == recorded()["step"] == 3
+    for clock.now, state.global_step in ((0.5, 4), (0.9, 5)):
+        log.on_step_end(None, state, None)
+        assert recorded()["step"] == 3
+    clock.now, state.global_step = 1.5, 6
+    log.on_step_end(None, state, None)
+    assert recorded()["step"] == 6 and recorded()["seconds"] == 1.5
+    clock.now, state.global_step = 1.6, 7
+    log.on_train_end(None, state, None)
+    assert recorded()["step"] == 7 and recorded()["saving_seconds"] == 0.25
+    assert first_wandb_run(tmp_path) == "w"
+
+
+def test_a_launch_that_has_nothing_to_train_is_not_recorded(tmp_path: Path) -> None:
+    saver = cast(Saver, SimpleNamespace(stall_seconds=0.0))
+    log = LaunchLog(tmp_path, saver, wandb_run_id=None)
+    log.on_train_begin(None, TrainerState(global_step=4, max_steps=4), None)
+    assert read_launches(tmp_path) == []
+
+
+def test_all_launches_use_the_date_of_the_newest_checkpoint_or_the_first_launch(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "launches").mkdir()
+    for name, started in (("0001", 86400.0 * 365), ("0002", 86400.0 * 400)):
+        (tmp_path / f"launches/{name}.json").write_text(json.dumps({"started": started}))
+    assert conversation_date(tmp_path) == "1971-01-01"
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    record = {"model": "m", "model_revision": "r", "dataset": "d", "seed": 0, "use_peft": True}
+    record["conversation_start_date"] = "2026-01-02"
+    write_manifest(folder, {"files": {}, "fingerprint": record})
+    assert conversation_date(tmp_path) == "2026-01-02"
+    (folder / MANIFEST).unlink()
+    assert conversation_date(tmp_path) == "1971-01-01"

@@ -82,7 +82,7 @@ def await_upload(
             reminded = clock()
             minutes = (reminded - started) / 60
             print(
-                f"bucket: {len(waiting)} files of {waiting[0].parent} have not been uploaded for "
-                f"{minutes:.0f} min: is the bucket reachable?",
+                f"bucket: {len(waiting)} of {len(files)} files in {files[0].parent} are not "
+                f"uploaded after {minutes:.0f} min: is the bucket reachable?",
                 flush=True,
             )
