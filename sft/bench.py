@@ -1,180 +1,67 @@
-"""Measure this recipe's training step against stock TRL's, in turn on the same machine.
+"""Measure a training step of this recipe beside stock TRL's, one after the other on this machine.
 
     python sft/bench.py                                   gpt-oss-20b, LoRA, one GPU
     python sft/bench.py --model 120b --per_device_train_batch_size 1 --paths recipe    80 GB
     python sft/bench.py --use_peft false --num_layers 1 3 --per_device_train_batch_size 1
                                                           all weights, scaled to all layers
     python sft/bench.py --paths recipe no_packing compiled      what one lever is worth
-    python sft/bench.py --tiny                            small shapes, on CPU too
+    python sft/bench.py --tiny                            small shapes and few steps, for a CPU
 
-A path (bench_paths.PATHS has them all) is a SFTTrainer with LoRA r=8 on every linear layer and
-every expert (--use_peft false: all weights) over the same random conversations, in a process of
-its own:
+A path (finetune/benchmark/variants.py lists them all) is an SFTTrainer with LoRA r=8 on every
+linear layer and every expert (--use_peft false: all weights are trained). Every path trains on the
+same random conversations, in a process of its own:
 
-    recipe         packed to max_length; experts.py, beside LoRA in MXFP4; the attention that
-                   attention.py chooses; saver.py
+    recipe         rows packed to max_length, grouped LoRA beside experts in MXFP4, the fastest
+                   attention that is right on this machine, saving in the background
     stock          TRL's defaults: padded batches, PEFT's own LoRA on bf16 experts, eager attention
-    stock_packed   stock, but for TRL's packing: as many tokens a step as the recipe
+    stock_packed   stock with TRL's packing: as many tokens a step as the recipe
 
-recipe : stock is what a user gains at the same flags: a batch of the recipe's holds sequences full
-of tokens, of stock's as many conversations. recipe : stock_packed is at equal tokens a step, though
-eager attention lets the conversations of a row see each other, and takes the square of all tokens
-in memory: give it --per_device_train_batch_size 1. A path that fails has its column, empty.
+recipe : stock is what a user gains at the same flags. Their steps differ in tokens: a batch of the
+recipe holds full rows, one of stock as many conversations. recipe : stock_packed compares equal
+numbers of tokens a step. There, eager attention lets the conversations of a row see each other, and
+its memory grows with the square of all tokens: give it --per_device_train_batch_size 1.
 
-All weights are trained by accelerate with fsdp2.yaml on one GPU: fp32 weights, gradients and AdamW
-states, bf16 computing (16 bytes a parameter: 3 layers of 20b on 80 GB). Of two numbers of layers,
-times are taken as a fixed part and one a layer, and scaled to all layers; two that differ by an
-even number have sliding and full layers in equal parts. What travels between GPUs is not in it:
-roofline.py has that.
+A path that fails keeps its column in the table, with the reason. If only a part of it fails
+(saving, or the timing of attention, experts or loss), the other figures are there.
 
-Widths, vocabulary and routing are gpt-oss's, with random weights; lengths are lognormal with the
-default dataset's mean (synthetic.py). tokens/s counts no padding. MFU is metrics.flops_per_token,
-of which the docstring gives the formula, over the GPU's dense bf16 peak. Windows of some steps are
-timed after a warm-up; the table has their median.
+With --use_peft false, accelerate trains all weights with fsdp2.yaml on one GPU: fp32 weights,
+gradients and AdamW states, computing in bf16 (16 bytes a parameter: 3 layers of 20b on 80 GB).
+Given two numbers of layers, bench.py takes each time as a fixed part plus a part per layer and
+scales it to all layers. Let the two differ by an even number, so that sliding and full attention
+have equal shares. Communication between GPUs is not measured: roofline.py estimates it.
+
+Widths, vocabulary and routing are gpt-oss's; the weights are random. Lengths are lognormal with
+the mean of the default dataset (finetune/benchmark/synthetic.py). tokens/s does not count padding.
+MFU is the FLOPs of finetune/model/flops.py over the GPU's dense bf16 peak. Windows of some steps
+are timed after a warm-up; the table has their median.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
+from argparse import SUPPRESS, Namespace
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from torch.distributed.tensor import DTensor
-from transformers import HfArgumentParser
-
-from finetune.benchmark.synthetic import MEAN_LENGTH, make_config
-from finetune.benchmark.timing import Windows, now, time_parts, trace
-from finetune.benchmark.variants import PATHS, BenchArguments, is_launched, make_trainer
+from finetune.benchmark.options import TINY_DEFAULTS, BenchArguments
+from finetune.benchmark.process import exit_on_signals, run_to_end
+from finetune.benchmark.results import ARGUMENTS, label, read_report, table
+from finetune.benchmark.variants import PATHS
+from finetune.command_line import CommandLine
 from finetune.errors import UserError, one_line_errors
-from finetune.model.flops import flops_per_token, peak_flops
-
-TIMES = ("seconds_per_step", "attention", "experts", "loss", "optimizer", "saving")
 
 
-def measure(args: BenchArguments, path: str) -> dict[str, Any]:
-    """One path's figures; times are a step's, in seconds."""
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(args, PATHS[path], Path(folder))
-        config, windows = trainer.model.config, Windows(args)
-        trainer.add_callback(windows)
-        trainer.train()
-        peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
-        started = now()
-        trainer._save_checkpoint(trainer.model, None)
-        saving = now() - started
-        if hasattr(trainer, "saver"):
-            trainer.saver.finish()  # so that it disturbs no other part
-        trained = next(p for p in trainer.model.parameters() if p.requires_grad)
-        sharded = ", FSDP2" if isinstance(trained, DTensor) else ""
-        parts = time_parts(trainer)
-        if args.trace:
-            trace(trainer, Path(args.trace) / f"{label(path, *args.num_layers)}.json")
-    rate = median(n / s for n, s in zip(windows.tokens, windows.seconds, strict=True))
-    times = {
-        "seconds_per_step": median(windows.seconds) / args.steps_per_window,
-        **parts,
-        "optimizer": median(windows.optimizer[args.warmup_steps :]),
-        "saving": saving,
-    }
-    return {
-        "path": label(path, *args.num_layers),
-        "num_layers": config.num_hidden_layers,
-        "tokens_per_step": median(windows.tokens) / args.steps_per_window,
-        "tokens_per_sec": round(rate, 1),
-        "mfu": mfu(rate, config, lora=args.use_peft),
-        "peak_memory_gib": round(peak, 2) if peak is not None else None,
-        **{name: round(times[name], 4) for name in TIMES},
-        "attention_implementation": config._attn_implementation,
-        "trained_weights": str(trained.dtype).removeprefix("torch.") + sharded,
-    }
-
-
-def label(path: str, *num_layers: int | None) -> str:
-    return f"{path}, {num_layers[0]}-layer slice" if num_layers and num_layers[0] else path
-
-
-def mfu(tokens_per_sec: float, config: Any, *, lora: bool) -> float | None:
-    peak = peak_flops()
-    flops = flops_per_token(config, context=MEAN_LENGTH, lora=lora)
-    return round(tokens_per_sec * flops / peak, 4) if peak else None
-
-
-def scale(args: BenchArguments, path: str, few: Any, more: Any) -> dict[str, Any]:
-    """The figures at all layers, from those at two numbers of them: a + b * layers."""
-    config = make_config(args.model)  # in full, --tiny too
-    num_layers = config.num_hidden_layers
-    if "failed" in few or "failed" in more:
-        return {"path": f"{path}, scaled to {num_layers} layers", "failed": "not measured"}
-    steps = (num_layers - few["num_layers"]) / (more["num_layers"] - few["num_layers"])
-    times = {name: few[name] + steps * (more[name] - few[name]) for name in TIMES}
-    rate = more["tokens_per_step"] / times["seconds_per_step"]
-    return {
-        **more,
-        "path": f"{path}, scaled to {num_layers} layers",
-        "num_layers": num_layers,
-        "tokens_per_sec": round(rate, 1),
-        "mfu": mfu(rate, config, lora=args.use_peft),
-        "peak_memory_gib": None,
-        **{name: round(times[name], 4) for name in TIMES},
-    }
-
-
-def measure_apart(path: str, num_layers: int | None, *, use_peft: bool) -> dict[str, Any]:
-    """Measure a path in a process of its own, started as the recipe starts it."""
-    launcher = [sys.executable]
-    if not use_peft:
-        config = Path(__file__).with_name("fsdp2.yaml")
-        launcher += ["-m", "accelerate.commands.launch", f"--config_file={config}"]
-        launcher += ["--num_machines=1", "--num_processes=1", "--main_process_port=0"]
-    flags = [*sys.argv[1:], "--paths", path]
-    if num_layers is not None:
-        flags += ["--num_layers", str(num_layers)]
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "result.json"
-        command = [*launcher, __file__, *flags, "--output", str(output)]
-        status = subprocess.run(command, stdout=sys.stderr).returncode
-        if output.exists():
-            return json.loads(output.read_text())["results"][0]
-    return {"path": label(path, num_layers), "failed": f"exit status {status}"}
-
-
-def measure_all(args: BenchArguments) -> list[dict[str, Any]]:
-    """Every path at every number of layers, and scaled where there are two."""
-    if len(args.paths) == 1 and len(args.num_layers) < 2 and (args.use_peft or is_launched()):
-        try:
-            return [measure(args, args.paths[0])]
-        except torch.OutOfMemoryError:
-            return [{"path": label(args.paths[0], *args.num_layers), "failed": "out of memory"}]
-    results = []
-    counts: list[int | None] = [*args.num_layers] or [None]
-    for path in args.paths:
-        measured = [measure_apart(path, count, use_peft=args.use_peft) for count in counts]
-        results += measured
-        if len(measured) == 2:
-            results.append(scale(args, path, *measured))
-    return results
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    """The table, as Markdown: what the README holds is pasted from here."""
-    lines = ["| | " + " | ".join(result["path"] for result in results) + " |"]
-    lines.append("|---" * (len(results) + 1) + "|")
-    names = dict.fromkeys(name for result in results for name in result if name != "path")
-    for name in names:
-        values = ["-" if r.get(name) is None else str(r[name]) for r in results]
-        lines.append(f"| {name.replace('_', ' ')} | {' | '.join(values)} |")
-    first = results[0]
-    for name in ("tokens_per_sec", "peak_memory_gib"):
-        ratios = [
-            f"{first[name] / r[name]:.2f}" if first.get(name) and r.get(name) else "-"
-            for r in results
-        ]
-        shown = f"{first['path']}'s {name.replace('_', ' ')} : its own"
-        lines.append(f"| {shown} | {' | '.join(ratios)} |")
-    print("\n".join(lines))
+def parse(argv: list[str]) -> tuple[BenchArguments, Namespace]:
+    """The flags. --tiny changes the defaults of some, not the values that are given."""
+    parser = CommandLine(BenchArguments, description=__doc__)
+    # The process of one path is this script again, with a folder that holds its arguments.
+    parser.add_argument("--measure_in", type=Path, help=SUPPRESS)
+    args, rest = parser.parse_args_into_dataclasses(argv)
+    if args.tiny:
+        parser.set_defaults(**TINY_DEFAULTS)
+        args, rest = parser.parse_args_into_dataclasses(argv)
+    return args, rest
 
 
 def check(args: BenchArguments) -> None:
@@ -189,19 +76,63 @@ def check(args: BenchArguments) -> None:
         )
 
 
-def main() -> None:
-    (args,) = HfArgumentParser(BenchArguments).parse_args_into_dataclasses()
-    with one_line_errors():
-        check(args)
-        results = measure_all(args)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    report = {"device": device, "torch": torch.__version__, "args": vars(args), "results": results}
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=2))
-    show(results)
-    if all("failed" in result for result in results):
+def main(args: BenchArguments) -> None:
+    check(args)
+    exit_on_signals()
+    report: dict[str, Any] = {"device": None, "torch": None, "args": asdict(args), "results": []}
+    for path in args.paths:
+        measure_path(args, path, report)
+        if args.output:  # after every path: an interrupted benchmark keeps those it has measured
+            Path(args.output).write_text(json.dumps(report, indent=2))
+    print(table(report["results"]))
+    if not any("tokens_per_sec" in result for result in report["results"]):
         sys.exit(1)
 
 
+def measure_path(args: BenchArguments, path: str, report: dict[str, Any]) -> None:
+    """Add a path's results to the report: one for each number of layers, and the scaled one."""
+    counts: list[int | None] = [*args.num_layers] or [None]
+    results = []
+    for count in counts:
+        one = replace(args, paths=[path], num_layers=[] if count is None else [count])
+        measured = measure_apart(one, name=label(path, count))
+        report |= {name: measured[name] for name in ("device", "torch") if measured[name]}
+        results.append(measured["result"])
+    if len(results) == 2:
+        # Imported here: it takes eight seconds, and the parent needs it for scaled figures only.
+        from finetune.benchmark.scale import scale
+
+        results.append(scale(args, path, *results))
+    report["results"] += results
+
+
+def measure_apart(args: BenchArguments, *, name: str) -> dict[str, Any]:
+    """Measure one path in a process of its own, started as the recipe starts train.py."""
+    launcher = [sys.executable]
+    if not args.use_peft:
+        config = Path(__file__).with_name("fsdp2.yaml")
+        launcher += ["-m", "accelerate.commands.launch", f"--config_file={config}"]
+        launcher += ["--num_machines=1", "--num_processes=1", "--main_process_port=0"]
+    print(f"{name}: starts", file=sys.stderr, flush=True)
+    # The folder belongs to this process, so that a path that is killed leaves no checkpoint behind.
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        (folder / ARGUMENTS).write_text(json.dumps(asdict(args)))
+        status = run_to_end([*launcher, __file__, "--measure_in", temporary])
+        report = read_report(folder, name=name, status=status)
+    failed = report["result"].get("failed")
+    end = f"failed: {failed}" if failed else "measured"
+    print(f"{name}: {end}", file=sys.stderr, flush=True)
+    return report
+
+
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        arguments, rest = parse(sys.argv[1:])
+        if rest.measure_in:
+            # Imported here: only the process of a path needs torch, which takes seconds to import.
+            from finetune.benchmark.measure import measure_in
+
+            measure_in(rest.measure_in)
+        else:
+            main(arguments)

@@ -1,7 +1,8 @@
-"""A training step's time, and that of its parts."""
+"""The time of a training step, and of its parts. All times are in seconds."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,37 +14,48 @@ from transformers import TrainerCallback
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl import SFTTrainer
 
-from finetune.benchmark.variants import BenchArguments, gpt_oss
+from finetune.benchmark.options import BenchArguments
+from finetune.benchmark.trainers import gpt_oss
 
 
 def now() -> float:
-    """Seconds, once the GPU has done what it was given."""
+    """Seconds on a clock, read after the GPU has finished the work it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class Windows(TrainerCallback):
-    """Times windows of steps, and the optimizer's part in them. All in seconds."""
+    """Times windows of steps, and the optimizer's part of each step."""
 
-    def __init__(self, args: BenchArguments) -> None:
-        self.args = args
-        self.seconds: list[float] = []
-        self.tokens: list[int] = []
-        self.optimizer: list[float] = []
+    def __init__(self, args: BenchArguments, *, progress: Callable[[str], None]) -> None:
+        self.args, self.progress = args, progress
+        self.seconds: list[float] = []  # of each window
+        self.tokens: list[int] = []  # of each window, without padding
+        self.optimizer: list[float] = []  # of each step, the warm-up's too
         self.started, self.started_tokens = 0.0, 0
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress(f"warm-up: {self.args.warmup_steps} steps")
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        done = state.global_step - self.args.warmup_steps
-        if done < 0 or done % self.args.steps_per_window:
+        timed_steps = state.global_step - self.args.warmup_steps
+        if timed_steps < 0 or timed_steps % self.args.steps_per_window:
             return
         seconds, tokens = now() - self.started, int(state.num_input_tokens_seen)
-        if done:
-            self.seconds.append(seconds)
-            self.tokens.append(tokens - self.started_tokens)
+        if timed_steps:
+            self.add(seconds, tokens - self.started_tokens)
         elif torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()  # the peak is that of steps after the warm-up
         self.started, self.started_tokens = now(), tokens
+
+    def add(self, seconds: float, tokens: int) -> None:
+        self.seconds.append(seconds)
+        self.tokens.append(tokens)
+        self.progress(
+            f"window {len(self.seconds)} of {self.args.num_windows}: "
+            f"{seconds / self.args.steps_per_window:.3f} s a step, {tokens / seconds:,.0f} tokens/s"
+        )
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.optimizer_started = now()
@@ -53,7 +65,7 @@ class Windows(TrainerCallback):
 
 
 class Calls:
-    """What modules are called with and return in one forward of a real batch."""
+    """The inputs and outputs of some modules, recorded in one forward of a batch."""
 
     def __init__(self, trainer: SFTTrainer, modules: list[torch.nn.Module]) -> None:
         self.inputs: dict[torch.nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
@@ -69,8 +81,8 @@ class Calls:
         for hook in hooks:
             hook.remove()
 
-    def again(self, module: torch.nn.Module) -> torch.Tensor:
-        """The module's output for the same input, which wants a gradient."""
+    def repeat(self, module: torch.nn.Module) -> torch.Tensor:
+        """The module's output for the recorded input, from where backward can start."""
         args, kwargs = self.inputs[module]
         if args:
             args = (leaf(args[0]), *args[1:])
@@ -80,56 +92,79 @@ class Calls:
 
 
 def leaf(x: torch.Tensor) -> torch.Tensor:
+    """The same values, as an input whose gradient is wanted."""
     return x.detach().requires_grad_()
 
 
-def time_parts(trainer: SFTTrainer) -> dict[str, float]:
-    """Seconds a step of all attention, all experts and the loss: forward and backward, alone.
+class PartTimer:
+    """Times all attention, all experts and the loss of a step: forward and backward, each alone.
 
-    Each is given what it has in a step of this path: the hidden states of a batch, their masks or
-    packed positions, their routing. Two layers, one of each kind of attention, stand for all.
+    A part is given the inputs it has in a step of its path: the hidden states of a batch, masks or
+    packed positions, the routing. Only the first two layers, one of each kind of attention, are
+    timed; their time is scaled to all layers.
     """
-    base = gpt_oss(trainer.model)
-    layers, norm = base.model.layers[:2], base.model.norm
-    attentions, feed_forwards = [x.self_attn for x in layers], [x.mlp for x in layers]
-    calls = Calls(trainer, [*attentions, *feed_forwards, norm])
 
-    def loss() -> torch.Tensor:
-        """TRL's fused head, as it follows the decoder in a step."""
-        decoded = MoeModelOutputWithPast(last_hidden_state=leaf(calls.outputs[norm]))
-        with patch.object(base.model, "forward", lambda **kwargs: decoded):
-            return base.forward(labels=calls.batch["labels"], fused_lm_head=True).log_probs
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+        self.base = gpt_oss(trainer.model)
+        self.layers = self.base.model.layers[:2]
+        self.scale = self.base.config.num_hidden_layers / len(self.layers)
 
-    share = len(layers) / base.config.num_hidden_layers
-    unshard(trainer.model, layers)
-    with trainer.compute_loss_context_manager():
-        return {
-            "attention": seconds(*((lambda x=x: calls.again(x)) for x in attentions)) / share,
-            "experts": seconds(*((lambda x=x: calls.again(x)) for x in feed_forwards)) / share,
-            "loss": seconds(loss),
-        }
+    @cached_property
+    def calls(self) -> Calls:
+        # Made at the first use, not in __init__: this forward can run out of memory as well.
+        modules = [part for layer in self.layers for part in (layer.self_attn, layer.mlp)]
+        calls = Calls(self.trainer, [*modules, self.base.model.norm])
+        unshard(self.trainer.model, self.layers)
+        return calls
+
+    def attention(self) -> float:
+        return self.scale * self.seconds([layer.self_attn for layer in self.layers])
+
+    def experts(self) -> float:
+        return self.scale * self.seconds([layer.mlp for layer in self.layers])
+
+    def seconds(self, modules: list[torch.nn.Module]) -> float:
+        calls = self.calls
+        with self.trainer.compute_loss_context_manager():
+            return seconds(lambda: (calls.repeat(module) for module in modules))
+
+    def loss(self) -> float:
+        """TRL's fused head and its loss, on the hidden states that the decoder has returned."""
+        calls = self.calls
+
+        def head() -> list[torch.Tensor]:
+            decoded = MoeModelOutputWithPast(last_hidden_state=leaf(calls.outputs[norm]))
+            # TRL's forward calls the decoder and then the head: here the decoder's output is known.
+            with patch.object(self.base.model, "forward", lambda **kwargs: decoded):
+                output = self.base.forward(labels=calls.batch["labels"], fused_lm_head=True)
+            return [output.log_probs]
+
+        norm = self.base.model.norm
+        with self.trainer.compute_loss_context_manager():
+            return seconds(head)
 
 
 def unshard(model: torch.nn.Module, layers: Any) -> None:
-    """Under FSDP2, gather what the parts need: its own hooks are those of whole layers."""
+    """Under FSDP2, gather the weights of the parts: its hooks do so for complete layers only."""
     for module in (model, *layers):
         if isinstance(module, FSDPModule):
             module.unshard()
 
 
-def seconds(*parts: Callable[[], torch.Tensor]) -> float:
-    """Of one forward and backward of all parts: the median of three, after a warm-up."""
+def seconds(forward: Callable[[], Iterable[torch.Tensor]]) -> float:
+    """The time of a forward and its backward: the median of three, after one to warm up."""
     measured = []
     for _ in range(4):
         started = now()
-        for part in parts:
-            part().sum().backward()
+        for output in forward():
+            output.sum().backward()
         measured.append(now() - started)
     return median(measured[1:])
 
 
 def trace(trainer: SFTTrainer, file: Path) -> None:
-    """One more step, under torch's profiler, for chrome://tracing or Perfetto."""
+    """Write one more step as torch's profiler records it, for chrome://tracing or Perfetto."""
     file.parent.mkdir(parents=True, exist_ok=True)
     inputs = next(iter(trainer.get_train_dataloader()))
     with torch.profiler.profile() as profiler:
