@@ -28,11 +28,11 @@ die() {
   exit 2
 }
 
-await() { # SECONDS COMMAND...: until COMMAND succeeds
-  local deadline=$((SECONDS + $1))
+await() { # WHAT COMMAND...: until COMMAND succeeds; it takes seconds on an idle machine
+  local deadline=$((SECONDS + 300)) what=$1
   shift
   until "$@" 2> /dev/null; do
-    ((SECONDS < deadline)) || die "timed out: $*"
+    ((SECONDS < deadline)) || die "timed out waiting for $what"
     sleep 0.2
   done
 }
@@ -121,6 +121,10 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 KillWait=5
 SlurmdTimeout=30
+# Of 10 s each by default, which a busy machine exceeds. A node that is dead refuses connections at
+# once, so these do not delay what is noticed.
+MessageTimeout=30
+BatchStartTimeout=60
 CompleteWait=60 # no job where another one's epilog still cleans up
 PrologFlags=Alloc
 Prolog=/etc/slurm/prolog
@@ -161,9 +165,7 @@ alive() {
       grep -qzxF "HOME=$home" "$process/environ" && echo "${process#/proc/}"
   done 2> /dev/null
 }
-for ((i = 0; i < 100; i++)); do
-  pids=$(alive)
-  [[ $pids ]] || break
+while pids=$(alive) && [[ $pids ]] && ((SECONDS < 120)); do
   kill -KILL $pids 2> /dev/null
   sleep 0.1
 done
@@ -221,8 +223,9 @@ start_daemons() {
   "${login[@]}" /usr/sbin/sshd -f /dev/null -h /etc/ssh/ssh_host_ed25519_key -p $SSH_PORT \
     -o ListenAddress=127.0.0.1 -o MaxStartups=100 -o MaxSessions=100 -o "SetEnv=$(printf '"%s" ' "${env[@]}")"
   "${login[@]}" "$SKY_BIN/moto_server" -H 127.0.0.1 -p $S3_PORT > $M/log/moto 2>&1 &
-  await 60 bash -c ": < /dev/tcp/127.0.0.1/$S3_PORT"
-  await 60 bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle idle idle' ]"
+  await "the S3 server" bash -c ": < /dev/tcp/127.0.0.1/$S3_PORT"
+  await "Slurm's nodes" \
+    bash -c "[ \"\$(chroot $M/login sinfo -hNo %t | xargs)\" = 'idle idle idle idle' ]"
   # That the daemons listen on loopback only is read when they start. A srun that did the same would
   # not be found by its own node: a connection to 127.0.0.2 comes from 127.0.0.1.
   sed -i s/,NoInAddrAny// $M/{login,n1,n2,n3,n4}/etc/slurm/slurm.conf
