@@ -1,4 +1,4 @@
-"""What a LoRA run leaves behind, without the run: an adapter of random numbers."""
+"""What a LoRA run leaves behind, made without a run: an adapter of random numbers."""
 
 import json
 from pathlib import Path
@@ -6,14 +6,13 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import GptOssForCausalLM
 from trl import ModelConfig
 
-from export import open_base, open_merged
 from finetune.checkpoint.fingerprint import model_revision
-from finetune.export.merge import MergedWeights
+from finetune.export.base import open_base
+from finetune.export.merge import MergedWeights, open_merged
 from finetune.export.source import find_run_weights
-from finetune.model.loading import load_config
+from finetune.model.loading import load_config, meta_model
 from finetune.model.lora import lora_config
 from helpers.paths import CONVERSATIONS
 
@@ -23,11 +22,11 @@ RANK, ALPHA = 4, 32
 def save_adapter_run(
     run_dir: Path, base: Path, *, std: float = 0.05, **flags: Any
 ) -> dict[str, Any]:
-    """run_dir/final as train.py writes it; its fingerprint. std: of lora_B, 0 changes nothing."""
-    config = load_config(str(base))
-    del config.quantization_config
-    with torch.device("meta"):
-        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+    """Write run_dir/final as train.py does, and return its fingerprint.
+
+    std: of the numbers in lora_B; with 0 the adapter changes nothing. flags: TRL's, for LoRA.
+    """
+    model = meta_model(load_config(str(base)))
     defaults = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
     args = ModelConfig(use_peft=True, **(defaults | flags))
     peft_model = get_peft_model(model, lora_config(model, args), low_cpu_mem_usage=True)
@@ -56,5 +55,7 @@ def save_adapter_run(
 
 
 def open_run(run_dir: Path) -> MergedWeights:
-    trained = find_run_weights(run_dir)
-    return open_merged(trained, open_base(trained, None))[0]
+    """The merged weights of a run's final artifact or newest checkpoint."""
+    run_weights = find_run_weights(run_dir)
+    merged, _ = open_merged(run_weights, open_base(run_weights.record))
+    return merged

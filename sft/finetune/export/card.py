@@ -1,5 +1,5 @@
-"""The model card of an export, and the table that a person reads: what it is, how faithful, how to
-load it.
+"""The model card of an export: what it is, how to load it, how it was trained and evaluated, how
+faithful it is.
 """
 
 import json
@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, LOSS_PLOT
+from finetune.checkpoint.fingerprint import RunRecord
+from finetune.export.record import ExportRecord
 from finetune.export.source import RunWeights
 from finetune.summary import as_text
 
@@ -20,12 +22,13 @@ model = PeftModel.from_pretrained(base, "{name}")""",
     "bf16": 'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
     "mxfp4": 'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
 }
-WHAT = {
+DESCRIPTIONS = {
     "adapter": "A LoRA adapter in PEFT's format, experts included (`target_parameters`)",
     "bf16": "All weights in bf16",
     "mxfp4": "All weights, the experts re-quantised to MXFP4 in the layout of the published "
     "checkpoint",
 }
+# How each figure of fidelity.measure_fidelity is called, in the order of the table.
 LABELS = {
     "num_tokens": "tokens compared",
     "kl": "KL from the trained model, nats a token",
@@ -38,14 +41,15 @@ LABELS = {
     "loss_bf16": "loss in bf16",
     "loss_base": "loss of the base model",
     "effect_kl": "for comparison: KL of the base model",
-    "experts_effect_kl": "for comparison: KL without what the experts learnt",
-    "experts_kept": "of what the experts learnt, kept in the weights",
+    "experts_effect_kl": "for comparison: KL without LoRA on the experts",
+    "experts_kept": "share of the experts' change that the weights hold",
 }
+# Of the run's record: what the card names elsewhere.
 NOT_SHOWN = {"model", "model_revision", "dataset", "dataset_sha256"}
 
 
 def fidelity_rows(fidelity: dict[str, Any]) -> dict[str, str]:
-    """What verify.compare measured, as a person reads it."""
+    """The figures of measure_fidelity under the labels, and in the format, that a person reads."""
     rows = {}
     for name, label in LABELS.items():
         if name not in fidelity:
@@ -60,56 +64,56 @@ def fidelity_rows(fidelity: dict[str, Any]) -> dict[str, str]:
     return rows
 
 
-def write_card(
-    output: Path, trained: RunWeights, *, form: str, name: str, record: dict[str, Any]
-) -> None:
-    """README.md. record: what export.json will hold."""
-    identity = trained.record.to_json()
-    base = hub_name(identity["model"])
+def write_card(output: Path, run_weights: RunWeights, record: ExportRecord, *, name: str) -> None:
+    """Write README.md, the card that the hub shows. name: of the exported model."""
+    run = run_weights.record
+    base = hub_name(run.model)
     sections = [
-        front_matter(trained, form=form),
-        f"# {name}\n\n{WHAT[form]}: {base} fine-tuned on {hub_name(identity['dataset'])}. "
-        f"From `{trained.origin}`, step {trained.step}.",
-        "```python\n" + LOADING[form].format(base=base, name=name) + "\n```",
-        "## Training\n\n" + table(training(trained)),
-        evaluation(trained.folder, output),
+        front_matter(run, record),
+        f"# {name}\n\n{DESCRIPTIONS[record.format]}: {base} fine-tuned on "
+        f"{hub_name(run.dataset)}. From `{record.origin}`, step {record.step}.",
+        "```python\n" + LOADING[record.format].format(base=base, name=name) + "\n```",
+        "## Training\n\n" + table(training_rows(run)),
+        evaluation(run_weights.folder, output),
         fidelity_section(record),
         "## Licence\n\nApache 2.0, as that of gpt-oss.",
     ]
     (output / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n")
 
 
-def front_matter(trained: RunWeights, *, form: str) -> str:
-    """What the hub reads. A folder of this machine is no name there, and stays out of it."""
-    identity = trained.record.to_json()
+def front_matter(run: RunRecord, record: ExportRecord) -> str:
+    """The YAML that the hub reads. It names models and datasets of the hub, never local folders."""
     fields: dict[str, Any] = {
         "license": "apache-2.0",
-        "library_name": "peft" if form == "adapter" else "transformers",
+        "library_name": "peft" if record.format == "adapter" else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["gpt-oss", "harmony", "sft", "trl", *(["lora"] if trained.is_adapter else [])],
+        "tags": ["gpt-oss", "harmony", "sft", "trl", *(["lora"] if run.use_peft else [])],
     }
-    if is_on_hub(identity["model"]):
-        fields["base_model"] = identity["model"]
-        fields["base_model_relation"] = "adapter" if form == "adapter" else "finetune"
-    datasets = [re.split(r"[:@*]", source)[0] for source in identity["dataset"].split(",")]
+    if is_on_hub(run.model):
+        fields["base_model"] = run.model
+        fields["base_model_relation"] = "adapter" if record.format == "adapter" else "finetune"
+    # A dataset may be followed by its split, revision or number of repetitions.
+    datasets = [re.split(r"[:@*]", source)[0] for source in run.dataset.split(",")]
     if all(map(is_on_hub, datasets)):
         fields["datasets"] = datasets
     return "---\n" + yaml.safe_dump(fields, sort_keys=False) + "---"
 
 
-def training(trained: RunWeights) -> dict[str, Any]:
-    identity = trained.record.to_json()
-    shown = {name: value for name, value in identity.items() if name not in NOT_SHOWN}
-    revision = identity["model_revision"]
-    return {"base model": hub_name(identity["model"]), "its revision": revision} | {
-        name.replace("_", " "): value for name, value in shown.items() if value not in (None, "")
-    }
+def training_rows(run: RunRecord) -> dict[str, Any]:
+    """What the run was trained with, by the labels of the card's table."""
+    rows = {"base model": hub_name(run.model), "its revision": run.model_revision}
+    for name, value in run.to_json().items():
+        if name not in NOT_SHOWN and value not in (None, ""):
+            rows[name.replace("_", " ")] = value
+    return rows
 
 
 def evaluation(source: Path, output: Path) -> str:
-    """What evaluate.py has measured, base -> trained, and the run's plot, copied beside the card.
+    """The section with evaluate.py's figures, base -> trained, and the plot of the run's loss.
 
-    Figures alone: the conversations are the user's, and a card is read by others.
+    source: the run's folder that is exported; the plot is copied to output. The section has figures
+    only: the generated texts answer the user's own data, and others read the card. "" if the run
+    has neither figures nor plot.
     """
     parts = []
     if (source / EVALUATION).is_file():
@@ -139,29 +143,31 @@ def rounded(value: Any) -> Any:
     return round(value, 4) if isinstance(value, float) else value
 
 
-def fidelity_section(record: dict[str, Any]) -> str:
-    if "fidelity" not in record:
+def fidelity_section(record: ExportRecord) -> str:
+    if record.fidelity is None:
         return "## Fidelity\n\nNot compared with the trained model (`--verify false`)."
-    text = f"Loaded from disk and compared with the trained model on {record['text']}.\n\n"
-    text += table(fidelity_rows(record["fidelity"]))
-    return "## Fidelity\n\n" + text + "".join(f"\n\n{hint}" for hint in record.get("hints", []))
+    text = f"Loaded from disk and compared with the trained model on {record.text}."
+    parts = ["## Fidelity", text, table(fidelity_rows(record.fidelity)), *record.hints]
+    return "\n\n".join(parts)
 
 
 def table(rows: dict[str, Any]) -> str:
+    """A Markdown table of two columns without headings."""
     lines = [f"| {name} | {value} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def is_on_hub(name: str) -> bool:
+    """Whether this is a hub's OWNER/NAME, and no path of this machine."""
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def hub_name(name: str) -> str:
-    """A path's last part; of its folders a card says nothing."""
+    """A hub's name as it is; of paths only the last part, as folders are nobody else's business."""
     return name if is_on_hub(name) else ", ".join(Path(part).name for part in name.split(","))
 
 
 def default_name(run_dir: Path) -> str:
-    """The run's folder's name, also where its artifact alone is given."""
+    """The name of the run's folder, also if the folder of its artifact is given."""
     run_dir = run_dir.resolve()
     return run_dir.parent.name if run_dir.name == ARTIFACT else run_dir.name

@@ -1,9 +1,14 @@
-"""What an export lost: the artifact, loaded as its users load it, beside the trained model."""
+"""What an export has lost, measured on the artifact as its users load it.
+
+Two things are measured. The weights on disk are compared with those of the base: is the change that
+training made to the experts in them? And the artifact's predictions are compared with those of the
+model as it was trained.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -12,48 +17,67 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from finetune.errors import UserError
-from finetune.export.divergence import Logits, Rows, difference, divergence, loss, run
-from finetune.export.merge import CPU, MergedWeights, adapted_skeleton
-from finetune.export.shards import Format
+from finetune.export.divergence import Logits, Rows, compare_logits, divergence, logits_of, loss
+from finetune.export.merge import MergedWeights, adapted_skeleton
+from finetune.export.record import Format
 from finetune.export.source import RunWeights, read_names
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_config, load_model, meta_model
 from finetune.model.weights import BaseWeights, fill
 
-NOISE_KL = 1e-4  # kernels differ by less; the weights themselves tell of what is smaller
-KEPT = 0.01  # of what a stack of experts has learnt; less is nothing
+# Two correct kernels differ by less than this KL. If training changed the predictions by no more,
+# they cannot show whether the change is there; only the weights can.
+NOISE_KL = 1e-4
+KEPT = 0.01  # the share of a stack's change below which it counts as lost
 
 
 def measure_fidelity(
     output: Path, merged: MergedWeights, rows: Rows, *, form: Format
 ) -> dict[str, Any]:
-    """Load every model in turn, none beside another. Raises UserError if what was trained is gone.
+    """Compare the artifact in `output` with the trained model; the keys are those of card.LABELS.
 
-    rows: input_ids and labels. effect_kl: of the base; what training did, to compare with.
+    rows: input_ids and labels of the conversations to compare on. Raises UserError if the artifact
+    lacks what was trained.
     """
+    # The weights first: that takes little memory, and a lost change shows in them for certain.
     kept = experts_kept(output, merged) if form != "adapter" else None
+    result = compare_predictions(output, merged, rows, form=form)
+    check_effect(result, form=form)
+    return result if kept is None else result | {"experts_kept": kept}
+
+
+def compare_predictions(
+    output: Path, merged: MergedWeights, rows: Rows, *, form: Format
+) -> dict[str, Any]:
+    """Run the trained model, the base and the artifact, one at a time in memory, and compare them.
+
+    effect_kl is the KL of the base from the trained model: how much training changed, for
+    comparison. experts_effect_kl: the same of the trained model without LoRA on its experts.
+    """
     references = reference_logits(merged, rows)
     trained = references["trained"]
-    exported = run(load_artifact(output, merged.base, form=form), rows)
-    result: dict[str, Any] = difference(trained, exported, rows) | {
+    exported = logits_of(load_artifact(output, merged.base, form=form), rows)
+    result: dict[str, Any] = compare_logits(trained, exported, rows) | {
         "loss_trained": loss(trained, rows),
         "loss_base": loss(references["base"], rows),
         "effect_kl": divergence(trained, references["base"]),
-        "experts_kept": kept,
     }
     if "without_experts" in references:
         result["experts_effect_kl"] = divergence(trained, references["without_experts"])
     if form == "mxfp4":
-        bf16 = run(in_memory(merged), rows) if merged.trained.is_adapter else trained
+        # The merged weights in bf16 tell what merging costs, and so what re-quantisation adds.
+        is_adapter = merged.run_weights.is_adapter
+        bf16 = logits_of(in_memory(merged), rows) if is_adapter else trained
         result |= {"kl_bf16": divergence(trained, bf16), "loss_bf16": loss(bf16, rows)}
-    check_effect(result, form=form)
-    return {name: value for name, value in result.items() if value is not None}
+    return result
 
 
 def check_effect(result: dict[str, Any], *, form: Format) -> None:
-    """Raise UserError where the artifact is as far from the trained model as without its experts.
+    """Raise UserError if the artifact is about as far from the trained model as it would be without
+    the training of its experts.
 
-    Re-quantisation can cost as much as a short training gave: that is measured, and only hinted at.
+    MXFP4 is exempt: re-quantisation can cost as much as a short training gave. That is measured and
+    becomes a hint.
     """
     effect = result.get("experts_effect_kl", result["effect_kl"])
     if form != "mxfp4" and effect > NOISE_KL and result["kl"] > effect / 2:
@@ -63,63 +87,87 @@ def check_effect(result: dict[str, Any], *, form: Format) -> None:
         )
 
 
+def fidelity_hints(fidelity: dict[str, Any], *, form: Format, is_adapter: bool) -> list[str]:
+    """Sentences for the user on what re-quantisation to MXFP4 costs; none for other formats."""
+    if form != "mxfp4":
+        return []
+    lost = fidelity["kl"] - fidelity["kl_bf16"]
+    hints = [
+        f"re-quantisation costs {lost:.2e} nats a token of KL and "
+        f"{fidelity['loss'] - fidelity['loss_bf16']:+.4f} of loss; training moved the model by "
+        f"{fidelity['effect_kl']:.2e}"
+    ]
+    if is_adapter and fidelity["kl"] > 0.1 * fidelity["effect_kl"]:
+        hints.append(
+            "that is over a tenth of what training changed: better keep the adapter separate, "
+            "beside the published MXFP4 base (--format adapter), or serve bf16"
+        )
+    return hints
+
+
 def experts_kept(output: Path, merged: MergedWeights) -> float | None:
-    """The share of the experts' change in training that is in the artifact's files, the least of
-    all stacks: 1 if all of it is, None if they were not trained. Raises UserError where it is gone.
+    """The share of the experts' change in training that the artifact's files hold: 1 is all of it.
+
+    Of each stack of experts the change on disk is projected on the change in training. The least of
+    all stacks is returned, or None if no stack was trained. Raises UserError if one has vanished.
     """
     files, least = BaseWeights(str(output)), None
     for name in filter(merged.is_experts, merged.names):
         along = total = 0.0
         for start, stop in merged.chunks(name):
-            where = {"start": start, "stop": stop}
-            before = merged.base.dense(name, device=CPU, **where).float()
-            if merged.trained.is_adapter:
-                delta = merged.delta(name, **where)
+            before = merged.base.dense(name, start=start, stop=stop).float()
+            if merged.run_weights.is_adapter:
+                # Not the merged weights: a mistake in merging would be in both and not show.
+                delta = merged.delta(name, start=start, stop=stop)
             else:
-                delta = merged.rows(name, **where).float() - before
+                delta = merged.rows(name, start=start, stop=stop).float() - before
             if delta is not None:
-                change = files.dense(name, device=CPU, **where).float() - before
+                change = files.dense(name, start=start, stop=stop).float() - before
                 along += float((change * delta).sum())
                 total += float(delta.square().sum())
         if total == 0:
             continue
-        if along / total < KEPT:
+        share = along / total
+        if share < KEPT:
             raise UserError(
-                f"what was trained of {name} has vanished in the export: {along / total:.1%} of "
+                f"what was trained of {name} has vanished in the export: {share:.1%} of "
                 "it is left. If it is smaller than this format resolves, take --format adapter"
             )
-        least = min(along / total, least or 1.0)
-    return least
+        least = share if least is None else min(share, least)
+    return None if least is None else min(least, 1.0)
 
 
 def reference_logits(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
-    """Of the model as it was trained, the adapter beside its base; of the base; of the adapter
-    without its part on the experts.
+    """Logits of the model as it was trained ("trained") and of the base ("base").
+
+    With LoRA the trained model is the base with the adapter beside it, nothing merged; and
+    "without_experts" are the logits of that model without LoRA on its experts.
     """
-    trained, base = merged.trained, merged.base
-    if not trained.is_adapter:
+    run_weights, base = merged.run_weights, merged.base
+    if not run_weights.is_adapter:
         return {
-            "trained": run(in_memory(merged), rows),
-            "base": run(load_model(base, attn_implementation="eager", dequantize=False), rows),
+            "trained": logits_of(in_memory(merged), rows),
+            "base": logits_of(
+                load_model(base, attn_implementation="eager", dequantize=False), rows
+            ),
         }
-    model = adapted(trained, base)
-    logits = {"trained": run(model, rows)}
+    model = adapted_model(run_weights, base)
+    logits = {"trained": logits_of(model, rows)}
     with model.disable_adapter():
-        logits["base"] = run(model, rows)
+        logits["base"] = logits_of(model, rows)
     with without_experts(model):
-        logits["without_experts"] = run(model, rows)
+        logits["without_experts"] = logits_of(model, rows)
     return logits
 
 
-def adapted(trained: RunWeights, base: BaseWeights) -> PeftModel:
-    """The base, its experts still in MXFP4, and the adapter's tensors in their place."""
-    lora = trained.lora_config()
+def adapted_model(run_weights: RunWeights, base: BaseWeights) -> PeftModel:
+    """The base, its experts still in MXFP4, with the run's adapter beside it."""
     config = load_config(base.model_id, revision=base.revision)
-    lora = adapted_skeleton(config, lora).peft_config["default"]
+    lora = adapted_skeleton(config, run_weights.lora_config()).peft_config["default"]
     model = load_model(base, attn_implementation="eager", dequantize=False)
     model = get_peft_model(model, lora)
     use_grouped_lora(model)
-    tensors = {name: trained.rows(name) for name in trained.shapes}
+    tensors = {name: run_weights.rows(name) for name in run_weights.shapes}
     report = set_peft_model_state_dict(model, tensors)
     assert not report.unexpected_keys
     return model
@@ -127,7 +175,7 @@ def adapted(trained: RunWeights, base: BaseWeights) -> PeftModel:
 
 @contextmanager
 def without_experts(model: PeftModel) -> Iterator[None]:
-    """With LoRA on everything but the stacks of experts."""
+    """Switch LoRA off on the stacks of experts, and leave it on everywhere else."""
     modules = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
     scaling = [module.scaling["default"] for module in modules]
     for module in modules:
@@ -138,16 +186,19 @@ def without_experts(model: PeftModel) -> Iterator[None]:
 
 
 def in_memory(merged: MergedWeights) -> GptOssForCausalLM:
-    """The model of the merged weights, in bf16, that no file has held."""
+    """A model of the merged weights in bf16, straight from where they are computed."""
     config = load_config(merged.base.model_id, revision=merged.base.revision)
     config._attn_implementation = "eager"
     model = meta_model(config)
-    fill(model, cast(BaseWeights, merged), device=PartialState().device, dequantize=True)
+    fill(model, merged, device=PartialState().device, dequantize=True)
     return model
 
 
 def load_artifact(output: Path, base: BaseWeights, *, form: Format) -> Any:
-    """As its users do, by transformers and PEFT. Raises UserError if a weight has no place."""
+    """Load the artifact as its users do, with transformers and PEFT alone.
+
+    Raises UserError if a weight is missing or unknown, or if a file is cut off.
+    """
     source = output if form != "adapter" else base.folder
     if form != "adapter":
         read_names(sorted(set(BaseWeights(str(output)).files.values())))

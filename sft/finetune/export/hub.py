@@ -1,9 +1,12 @@
-"""Onto the hub: what is missing is said before a byte is uploaded. The token comes from HF_TOKEN
-and is never printed.
+"""Upload an export to the hub.
+
+Whatever could make the upload fail is checked before the export begins. The token comes from the
+environment variable HF_TOKEN and is never printed.
 """
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -12,14 +15,18 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from finetune.errors import UserError
 
 
-def check_hub(repo_id: str) -> HfApi:
-    """A client that may write to OWNER/NAME. Raises UserError for what is missing."""
+def check_hub(repo_id: str, *, connect: Callable[..., HfApi] = HfApi) -> HfApi:
+    """Return a client that may write to OWNER/NAME.
+
+    connect: makes the client, from the keyword argument `token`. Raises UserError for a name of
+    another form, or if the token is missing or may not write there.
+    """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"--push_to_hub {repo_id!r} is not OWNER/NAME")
     token = os.environ.get("HF_TOKEN")
     if not token:
         raise UserError("--push_to_hub needs HF_TOKEN: a token with write access, from the hub")
-    api = HfApi(token=token)
+    api = connect(token=token)
     try:
         user = api.whoami()
     except HfHubHTTPError as error:
@@ -32,31 +39,33 @@ def check_hub(repo_id: str) -> HfApi:
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise UserError("HF_TOKEN may only read: make one with write access")
-    owner = repo_id.split("/")[0]
+    owner, name = repo_id.split("/")
     owners = [user["name"], *(org["name"] for org in user.get("orgs", []))]
     if owner not in owners:
         raise UserError(
-            f"HF_TOKEN cannot write to {owner!r}: it is of {', '.join(owners)}; "
-            f"--push_to_hub {owners[0]}/{repo_id.split('/')[1]}"
+            f"HF_TOKEN cannot write to {owner!r}, only to {', '.join(owners)}; "
+            f"--push_to_hub {owners[0]}/{name}"
         )
     return api
 
 
 def push(api: HfApi, folder: Path, repo_id: str, *, private: bool) -> str:
-    """Upload a folder, what the hub has already is not sent again. Its address.
+    """Upload a folder and return its address. Files that the hub has already are not sent again.
 
-    Raises UserError if the hub refuses, for example for want of space.
+    private: for a repository that is new. Raises UserError if the hub refuses the upload, for
+    example for want of space, or if it is interrupted.
     """
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
+        # Names that begin with a dot are those of shards whose writing was interrupted.
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[".*"])
     except HfHubHTTPError as error:
         reason = error.server_message or status(error)
-        raise UserError(f"the hub refuses {repo_id}: {reason}; {folder} is whole") from error
+        raise UserError(f"the hub refuses {repo_id}: {reason}; {folder} is complete") from error
     except (OSError, HTTPError) as error:
         raise UserError(
             f"the upload to {repo_id} was interrupted ({type(error).__name__}): "
-            f"call again, {folder} is whole"
+            f"call again, {folder} is complete"
         ) from error
     return str(address)
 

@@ -1,17 +1,21 @@
-"""The tokens that an export is compared on: held out by the run, else the first of its dataset."""
+"""The conversations that an export is compared on: those that the run held out, else the first ones
+of its training data.
+"""
 
 import json
 import sys
 from contextlib import redirect_stdout
 
-from finetune.data.dataset import load_parts, render_all
+from datasets import Dataset
+
+from finetune.checkpoint.fingerprint import RunRecord
+from finetune.data.dataset import load_splits, render_all
 from finetune.errors import UserError
 from finetune.export.divergence import Rows
-from finetune.export.source import RunWeights
 from finetune.model.loading import load_tokenizer
 from finetune.model.weights import BaseWeights
 
-MAX_TOKENS = 512  # of a conversation
+MAX_TOKENS = 512  # of a conversation; longer ones are cut, because eager attention takes O(T^2)
 BUILT_IN = [
     {"role": "user", "content": "Why is the sky blue?"},
     {
@@ -24,30 +28,37 @@ BUILT_IN = [
 
 
 def conversations_of_run(
-    trained: RunWeights, base: BaseWeights, *, num_examples: int
+    record: RunRecord, base: BaseWeights, *, num_examples: int
 ) -> tuple[Rows, str]:
-    """input_ids and labels of the conversations, and what they are."""
-    from datasets import Dataset
+    """At most num_examples conversations, rendered as the run rendered them.
 
-    record = trained.record
+    Also returns a description of them for the card, such as "the first 8 conversations of the
+    held-out data". If the dataset cannot be read on this machine, it is one built-in conversation.
+    """
     tokenizer = load_tokenizer(base.model_id, revision=base.revision)
+    # The loaders print what they do, which does not belong to the result of export.py.
     with redirect_stdout(sys.stderr):
         try:
-            rows, held_out = load_parts(
-                record.script_arguments(),
-                eval_strategy=record.eval_strategy,
-                test_split_size=record.data.test_split_size,
-                seed=record.seed,
-            )
-            rows, what = (
-                (rows, "training data") if held_out is None else (held_out, "held-out data")
-            )
-            said = f"the first {min(num_examples, len(rows))} conversations of the {what}"
+            rows, part = rows_of_run(record)
+            rows = rows.select(range(min(num_examples, len(rows))))
+            description = f"the first {len(rows)} conversations of the {part}"
         except UserError as error:
             print(f"a built-in conversation is compared on, for {error}")
             conversation = json.dumps({"messages": BUILT_IN})
             rows = Dataset.from_dict({"conversation": [conversation], "shape": ["messages"]})
-            said = "a built-in conversation, for the run's dataset cannot be read here"
-        rows = rows.select(range(min(num_examples, len(rows))))
+            description = "a built-in conversation, for the run's dataset cannot be read here"
         tokens = render_all(rows, tokenizer, record.data, cut_at=MAX_TOKENS)
-    return [{name: row[name] for name in ("input_ids", "labels")} for row in tokens], said
+    return [{name: row[name] for name in ("input_ids", "labels")} for row in tokens], description
+
+
+def rows_of_run(record: RunRecord) -> tuple[Dataset, str]:
+    """The held-out part of the run's dataset, or all of it if nothing was held out; which it is."""
+    rows, held_out = load_splits(
+        record.script_arguments(),
+        eval_strategy=record.eval_strategy,
+        test_split_size=record.data.test_split_size,
+        seed=record.seed,
+    )
+    if held_out is None:
+        return rows, "training data"
+    return held_out, "held-out data"

@@ -1,14 +1,14 @@
-"""Weights written to sharded safetensors, one stack of experts in memory at a time.
+"""Write weights to sharded safetensors, with one stack of experts in memory at a time.
 
-A shard that is on disk under its own name is whole: it was written under another and renamed. The
-index comes last, so nothing loads what is half written, and a second call goes on where the first
-was interrupted.
+Each shard is written under another name and then renamed, so a shard under its own name is
+complete: a second call goes on where the first was interrupted. The index is written last, because
+nothing can load the folder without it.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.progress import (
@@ -23,17 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from finetune.errors import UserError
-from finetune.export.merge import CPU, MergedWeights
+from finetune.export.merge import MergedWeights
+from finetune.export.record import Format
 from finetune.model.mxfp4 import BLOCK_SIZE
 from finetune.model.quantize import quantize, requantize
+from finetune.model.weights import read_packed
 
 INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9
-Format = Literal["adapter", "bf16", "mxfp4"]
 
 
 def num_bytes(merged: MergedWeights, name: str, *, form: Format) -> int:
-    """Of a weight as it is written; MXFP4 has a byte for two values and one for each 32."""
+    """The size of a weight as it is written: in MXFP4 a byte for 2 values and one for every 32."""
     numel = merged.shape(name).numel()
     if form == "mxfp4" and merged.is_experts(name):
         return numel // 2 + numel // BLOCK_SIZE
@@ -41,7 +42,10 @@ def num_bytes(merged: MergedWeights, name: str, *, form: Format) -> int:
 
 
 def plan_shards(merged: MergedWeights, *, form: Format, max_bytes: int) -> list[list[str]]:
-    """The weights of each shard, in the model's order, at most max_bytes but for larger ones."""
+    """The names of the weights in each shard, in the order of the model.
+
+    A shard has at most max_bytes, except if a single weight is larger.
+    """
     shards: list[list[str]] = [[]]
     room = max_bytes
     for name in merged.names:
@@ -55,7 +59,7 @@ def plan_shards(merged: MergedWeights, *, form: Format, max_bytes: int) -> list[
 
 
 def stored_tensors(merged: MergedWeights, name: str, *, form: Format) -> dict[str, torch.Tensor]:
-    """A weight as it is written: itself in bf16, or a stack's `_blocks` and `_scales`."""
+    """The tensors that are stored for a weight: itself in bf16, or its `_blocks` and `_scales`."""
     if form != "mxfp4" or not merged.is_experts(name):
         return {name: merged.dense(name)}
     num_experts, inner, out = merged.shape(name)
@@ -63,9 +67,11 @@ def stored_tensors(merged: MergedWeights, name: str, *, form: Format) -> dict[st
     all_blocks = torch.empty((num_experts, out, groups, BLOCK_SIZE // 2), dtype=torch.uint8)
     all_scales = torch.empty((num_experts, out, groups), dtype=torch.uint8)
     for start, stop in merged.chunks(name):
-        weights = merged.rows(name, start, stop).transpose(1, 2).contiguous()
+        # MXFP4's blocks lie along "in", which is the last dimension of the stored layout.
+        weights = merged.rows(name, start=start, stop=stop).transpose(1, 2).contiguous()
         if merged.base.is_packed(name):
-            packed = merged.base.packed(name, device=CPU, start=start, stop=stop)
+            # Blocks that training has not changed keep the bytes of the published checkpoint.
+            packed = read_packed(merged.base, name, start=start, stop=stop)
             blocks, scales = requantize(weights, packed.blocks, packed.scales)
         else:
             blocks, scales = quantize(weights)
@@ -73,18 +79,29 @@ def stored_tensors(merged: MergedWeights, name: str, *, form: Format) -> dict[st
     return {f"{name}_blocks": all_blocks, f"{name}_scales": all_scales}
 
 
-def write_weights(
-    merged: MergedWeights, output: Path, *, form: Format, max_bytes: int = MAX_SHARD_BYTES
-) -> None:
-    """Write every shard that is not there yet, then the index; progress goes to the terminal.
+def free_bytes(folder: Path) -> int:
+    """The room on the disk of this folder."""
+    return shutil.disk_usage(folder).free
 
-    Raises UserError if they do not fit on the disk.
+
+def write_weights(
+    merged: MergedWeights,
+    output: Path,
+    *,
+    form: Format,
+    max_bytes: int = MAX_SHARD_BYTES,
+    free_bytes: Callable[[Path], int] = free_bytes,
+) -> None:
+    """Write every shard that is not there yet, then the index; show a bar of progress.
+
+    Raises UserError before anything is written if the shards do not fit on the disk.
     """
     shards = plan_shards(merged, form=form, max_bytes=max_bytes)
     files = [f"model-{n:05}-of-{len(shards):05}.safetensors" for n in range(1, len(shards) + 1)]
     sizes = [sum(num_bytes(merged, name, form=form) for name in names) for names in shards]
-    done = [is_whole(output / file) for file in files]
-    check_space(output, sum(size for size, is_done in zip(sizes, done, strict=True) if not is_done))
+    done = [is_complete(output / file) for file in files]
+    missing = sum(size for size, is_done in zip(sizes, done, strict=True) if not is_done)
+    check_space(output, missing, free=free_bytes(output))
     columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
     with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(form, total=sum(sizes))
@@ -101,15 +118,15 @@ def write_weights(
 
 
 def write_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Under another name until it is whole."""
+    """Write a safetensors file under another name and rename it once it is complete."""
     part = file.with_name(f".{file.name}.part")
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, part, metadata={"format": "pt"})
     part.rename(file)
 
 
-def is_whole(file: Path) -> bool:
-    """Whether a shard is there, as long as its header says."""
+def is_complete(file: Path) -> bool:
+    """Whether a shard is there and as long as its header says."""
     try:
         with safe_open(file, "pt"):
             return True
@@ -118,7 +135,7 @@ def is_whole(file: Path) -> bool:
 
 
 def write_index(output: Path, files: list[str]) -> None:
-    """Which shard holds which tensor, as transformers and vLLM look for it."""
+    """Write the list of which shard holds which tensor, which transformers and vLLM read."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for file in files:
@@ -129,9 +146,8 @@ def write_index(output: Path, files: list[str]) -> None:
     (output / INDEX).write_text(json.dumps(index, indent=2))
 
 
-def check_space(folder: Path, wanted: int) -> None:
-    """Raise UserError if the disk has less room than wanted bytes."""
-    free = shutil.disk_usage(folder).free
+def check_space(folder: Path, wanted: int, *, free: int) -> None:
+    """Raise UserError if fewer bytes are free than wanted."""
     if free < wanted:
         raise UserError(
             f"{folder} has {free / 1e9:.1f} GB of room, the export takes {wanted / 1e9:.1f} GB: "

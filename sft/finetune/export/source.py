@@ -1,9 +1,12 @@
-"""What a run has trained, one tensor at a time: of its final artifact, else of its newest whole
-checkpoint, also while it trains on. Nothing of the run is written to.
+"""The weights that a run has trained, read one tensor at a time.
+
+They come from the run's final artifact or, if there is none, from its newest complete checkpoint,
+also while the run is still training. Nothing is written to the run's folder.
 """
 
 import json
 import re
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
@@ -24,17 +27,20 @@ from finetune.checkpoint.manifest import (
     read_manifest,
 )
 from finetune.errors import UserError
-from finetune.model.weights import BaseWeights
+from finetune.model.weights import CPU, BaseWeights
 
 ADAPTER = "adapter_model.safetensors"
-PREFIX = "model."  # of weights in a checkpoint, beside `optimizer.`
+PREFIX = "model."  # of the weights in a checkpoint; the optimizer's states have `optimizer.`
 
 
-class RunWeights:
-    """A run's tensors. An adapter's are named as in PEFT's files and kept in their own dtype, all
-    weights as GptOssForCausalLM names them and in bf16.
+class RunWeights(ABC):
+    """A run's weights: a WeightSource with two forms, FinalArtifact and SavedCheckpoint.
 
-    record: what the run trained; origin: `final` or `checkpoint-N`.
+    An adapter's tensors have the names of PEFT's files and keep their dtype. All weights of a model
+    have the names of GptOssForCausalLM and are in bf16.
+
+    folder: what is read; origin: its name, `final` or `checkpoint-N`; step: of the optimizer, None
+    if the run did not record it; record: what was trained on what; shapes: of each tensor, by name.
     """
 
     def __init__(self, folder: Path, *, step: int | None, record: RunRecord) -> None:
@@ -43,17 +49,30 @@ class RunWeights:
         self.is_adapter = record.use_peft
         self.shapes: dict[str, torch.Size] = {}
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Part of a tensor along its first dimension."""
-        raise NotImplementedError
+    def shape(self, name: str) -> torch.Size:
+        return self.shapes[name]
 
+    def is_packed(self, name: str) -> bool:
+        """False: what is trained is never in MXFP4."""
+        return False
+
+    @abstractmethod
+    def rows(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor: ...
+
+    def dense(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        return self.rows(name, start=start, stop=stop, device=device)
+
+    @abstractmethod
     def lora_config(self) -> LoraConfig | ModelConfig:
-        """The adapter's configuration, or the flags that it comes from."""
-        raise NotImplementedError
+        """The adapter's configuration, or the flags from which the run made it."""
 
 
 class FinalArtifact(RunWeights):
-    """The safetensors that train.py leaves. Raises UserError if a file of them is not whole."""
+    """The safetensors that train.py writes at its end. Raises UserError if a file is cut off."""
 
     def __init__(self, folder: Path, *, run_dir: Path) -> None:
         try:
@@ -77,17 +96,23 @@ class FinalArtifact(RunWeights):
             with safe_open(file, "pt") as tensors:
                 self.shapes[name] = torch.Size(tensors.get_slice(name).get_shape())
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def rows(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
         with safe_open(self.files[name], "pt") as tensors:
             rows = tensors.get_slice(name)[start:stop]
-        return rows if self.is_adapter else rows.to(torch.bfloat16)
+        rows = rows if self.is_adapter else rows.to(torch.bfloat16)
+        return rows.to(device)
 
     def lora_config(self) -> LoraConfig:
         return LoraConfig.from_pretrained(self.folder)
 
 
 class SavedCheckpoint(RunWeights):
-    """A checkpoint's weights (torch DCP), whatever number of ranks wrote them."""
+    """A checkpoint's weights in torch DCP's format, whatever number of ranks wrote them.
+
+    Raises UserError if it is in DeepSpeed's format.
+    """
 
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
@@ -99,16 +124,22 @@ class SavedCheckpoint(RunWeights):
         self.stored: dict[str, str] = {}
         for key, entry in stored.items():
             if key.startswith(PREFIX) and isinstance(entry, TensorStorageMetadata):
+                # PEFT's files leave out the adapter's name, "default"; its state dict has it.
                 key = key.removeprefix(PREFIX)
                 name = re.sub(r"\.(modules_to_save\.)?default\b", "", key)
                 self.stored[name], self.shapes[name] = key, entry.size
+        # The tensor that was read last: DCP reads whole tensors, and rows are asked for in turn.
         self.last: tuple[str, torch.Tensor] = ("", torch.empty(0))
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    def rows(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        """Raises UserError if the checkpoint has been deleted meanwhile."""
         if self.last[0] != name:
-            # Read shard by shard, each rounded as it comes: a stack of 120b in fp32 is 8.5 GB.
+            # DCP copies each rank's shard into this tensor, converting it: the whole tensor is
+            # never held in the fp32 of the checkpoint, where a stack of 120b takes 8.5 GB.
             dtype = torch.float32 if self.is_adapter else torch.bfloat16
-            self.last = ("", torch.empty(0))
+            self.last = ("", torch.empty(0))  # frees the previous tensor before the next is made
             tensor = torch.empty(self.shapes[name], dtype=dtype)
             try:
                 state_dict = {"model": {self.stored[name]: tensor}}
@@ -119,14 +150,17 @@ class SavedCheckpoint(RunWeights):
                     "it, export again to another folder"
                 ) from error
             self.last = (name, tensor)
-        return self.last[1][start:stop]
+        return self.last[1][start:stop].to(device)
 
     def lora_config(self) -> ModelConfig:
         return ModelConfig(use_peft=True, lora_dropout=0.0, **self.record.lora)
 
 
 def newest_record(run_dir: Path) -> RunRecord:
-    """For an artifact that holds none. Raises UserError if no checkpoint does."""
+    """The record in the run's newest complete checkpoint, for an artifact that holds none.
+
+    Raises UserError if there is no such checkpoint.
+    """
     newest = newest_checkpoint(run_dir)
     if newest is None:
         raise UserError(
@@ -137,22 +171,27 @@ def newest_record(run_dir: Path) -> RunRecord:
 
 
 def read_names(files: list[Path]) -> dict[str, Path]:
-    """Every tensor and its file. Raises UserError for a file that is missing or cut off."""
+    """The file of each tensor in these safetensors, by the tensor's name.
+
+    Raises UserError for a file that is missing or cut off: opening it compares its length with its
+    header.
+    """
     found: dict[str, Path] = {}
     for file in files:
         try:
             with safe_open(file, "pt") as tensors:
                 found |= dict.fromkeys(tensors.keys(), file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is not whole: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{file} is not complete: {str(error).splitlines()[0]}") from error
     return found
 
 
 def find_run_weights(run_dir: Path, *, origin: str | None = None, check: bool = True) -> RunWeights:
-    """The run's final artifact or else its newest whole checkpoint; the one named `origin` if it is
-    still there. check: compare a checkpoint's files with their SHA-256.
+    """The run's final artifact or, if there is none, its newest complete checkpoint.
 
-    Raises UserError if there is neither, or if what there is turns out damaged.
+    run_dir: the run's folder, or its artifact alone. origin: the checkpoint to take, because an
+    interrupted export began with it. check: compare a checkpoint's files with their SHA-256. Raises
+    UserError if there is nothing to export, or if it is damaged.
     """
     if not run_dir.is_dir():
         raise UserError(f"there is no run in {run_dir}: give the folder that holds its checkpoints")
@@ -177,6 +216,6 @@ def find_run_weights(run_dir: Path, *, origin: str | None = None, check: bool = 
             "since: give another --output"
         )
     raise UserError(
-        "; ".join([f"nothing in {run_dir} is whole: no {ARTIFACT}/{SUMMARY}", *problems[:3]])
+        "; ".join([f"nothing in {run_dir} is complete: no {ARTIFACT}/{SUMMARY}", *problems[:3]])
         + ("" if problems else ", no checkpoint")
     )

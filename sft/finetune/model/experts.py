@@ -1,12 +1,16 @@
-"""gpt-oss's experts as they are trained here: grouped GEMMs over tokens sorted by expert, what lies
-between them in one kernel each way, and LoRA's factors beside the frozen weights.
+"""gpt-oss's experts for training: one grouped GEMM for all experts, and LoRA beside frozen weights.
 
-Stock PEFT adds the product of the factors to the weights: a copy of every expert stack in each
-forward, the full gradient of it in each backward. Here x goes through two thin grouped GEMMs:
+Each token goes to k experts. The (token, expert) pairs are sorted by expert, so that every expert's
+rows lie together and one grouped GEMM multiplies all of them. What lies between the two GEMMs, the
+biases and the activation, is one fused kernel in forward and one in backward.
 
-    y = x W + s (x A) B        A: (E, in, r), B: (E, r, out), both small; W needs no gradient
+Stock PEFT adds the product of LoRA's factors to the weights. That makes a copy of every stack of
+experts in each forward, and the gradient of the whole stack in each backward. Here x goes through
+two thin grouped GEMMs instead, and the frozen weight W needs no gradient:
 
-S tokens-and-experts pairs, T tokens, k experts a token, E experts, D hidden, I intermediate size.
+    y = x W + s (x A) B        A: (E, in, r), B: (E, r, out)
+
+Shapes: T tokens, k experts per token, S = T k pairs, E experts, D hidden size, I intermediate size.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,6 +27,7 @@ from finetune.model.mxfp4 import Mxfp4Weight, PackedGroupedMM
 
 EXPERTS_IMPLEMENTATION = "sorted_grouped_mm"  # the name of experts_forward in a model's config
 
+# LoRA's A (E, in, r), its B (E, r, out), and the scaling s of their product.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
 
 
@@ -32,15 +37,20 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """What the experts make of each token, weighted: (T, D) of hidden_states (T, D).
+    """Send each token of hidden_states (T, D) through its experts; return the weighted sums (T, D).
 
-    self: GptOssExperts; top_k_index and top_k_weights: (T, k), from the router.
+    self: a GptOssExperts. top_k_index, top_k_weights: (T, k), the experts that the router chose for
+    each token, and their weights.
     """
     top_k = top_k_index.shape[1]
+    # Stable, so that pairs of one expert stay in the order of their tokens: the sums over them are
+    # then the same in every run.
     expert_ids, order = torch.sort(top_k_index.flatten(), stable=True)
     inverse = torch.argsort(order)
+    # offsets (E,): where the pairs of each expert end, as grouped_mm takes it. Found on the device:
+    # a count that the host has to read would make it wait for the router in every layer.
     bounds = torch.arange(1, self.num_experts + 1, device=order.device)
-    offsets = torch.searchsorted(expert_ids, bounds).int()  # the first pair of each next expert
+    offsets = torch.searchsorted(expert_ids, bounds).int()
     lora: dict[str, Factors] = getattr(self, "lora_factors", {})
 
     x = Dispatch.apply(hidden_states, order, inverse, top_k)
@@ -58,7 +68,10 @@ def register_experts() -> None:
 def grouped_linear(
     x: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, factors: Factors | None
 ) -> torch.Tensor:
-    """Each pair's x (S, in) times its expert's weight (E, in, out), plus the low-rank part."""
+    """Multiply each row of x (S, in) by its expert's weight (E, in, out), and add LoRA's part.
+
+    offsets: (E,) int32, the end of each expert's rows. Returns (S, out) in the weight's dtype.
+    """
     x = x.to(weight.dtype)
     if isinstance(weight, Mxfp4Weight):
         y = PackedGroupedMM.apply(x, weight.blocks, weight.scales, offsets)
@@ -67,24 +80,32 @@ def grouped_linear(
     if factors is None:
         return y
     a, b, scaling = factors
-    # Rows of a grouped GEMM begin at multiples of 16 bytes, and PEFT's layout scatters those of b.
-    # Both are small, and zeros add nothing.
+    # grouped_mm wants every row to begin at a multiple of 16 bytes: 8 numbers in bf16. So the rank
+    # is padded with zeros, which add nothing to the product. PEFT stores B with the expert as its
+    # fastest dimension, so its rows are not contiguous. Both factors are small: copies are cheap.
     missing = -a.shape[-1] % 8
     a, b = pad(a, (0, missing)), pad(b, (0, 0, 0, missing)).contiguous()
     return y + grouped_mm(grouped_mm(x, a, offs=offsets) * scaling, b, offs=offsets)
 
 
 class LowRankParamWrapper(ParamWrapper):
-    """PEFT's LoRA on a stack of expert weights; its parameters and its files stay what they are."""
+    """PEFT's LoRA on a stack of experts, which leaves the multiplication to experts_forward.
+
+    Parameters, their names and the saved files stay PEFT's own.
+    """
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
-        """Hand the factors to experts_forward, where PEFT puts their product into the weight."""
+        """Leave the factors where experts_forward finds them, for the time of one forward.
+
+        PEFT's own method replaces the weight by the sum of the weight and the product.
+        """
         adapters = [adapter for adapter in active_adapters if adapter in self.lora_A]
         if len(adapters) != 1:
             with super()._activate_lora(active_adapters):
                 yield
             return
+        # One parameter's wrapper encloses the other's: its factors may be there already.
         experts = self.get_base_layer()
         others = getattr(experts, "lora_factors", {})
         experts.lora_factors = others | {self.parameter_name: self.get_delta_factors(adapters[0])}
@@ -95,7 +116,10 @@ class LowRankParamWrapper(ParamWrapper):
 
 
 def use_grouped_lora(model: torch.nn.Module) -> None:
-    """Let every LoRA on experts of a PEFT model take the low-rank path of experts_forward."""
+    """Switch every LoRA on experts of a PEFT model to the low-rank path of experts_forward.
+
+    PEFT makes the wrappers itself, so their class is changed afterwards.
+    """
     module: Any
     for module in model.modules():
         if type(module) is ParamWrapper and module.num_experts > 1:
@@ -103,10 +127,10 @@ def use_grouped_lora(model: torch.nn.Module) -> None:
 
 
 class Dispatch(torch.autograd.Function):
-    """Tokens (T, D) copied to their k experts, in the experts' order: (S, D).
+    """Copy tokens (T, D) to their k experts: rows (S, D), sorted by expert.
 
-    Backward adds a token's k gradients up in a fixed order, where that of indexing adds them as
-    they come.
+    The backward of plain indexing adds a token's k gradients by atomic operations, in whatever
+    order they arrive, so that two runs differ. Here they are gathered and summed in a fixed order.
     """
 
     @staticmethod
@@ -115,7 +139,7 @@ class Dispatch(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(inverse)
         ctx.top_k = top_k
-        return tokens[order // top_k]
+        return tokens[order // top_k]  # pair number p belongs to token p // k
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -124,10 +148,14 @@ class Dispatch(torch.autograd.Function):
 
 
 class ClampedSwiglu(torch.autograd.Function):
-    """(S, 2 I) of interleaved gates and ups, with their bias (E, 2 I), to (S, I).
+    """gpt-oss's activation, from (S, 2 I) to (S, I), as GptOssExperts of transformers has it.
 
-    (up + 1) * gate * sigmoid(alpha * gate), the gate clamped from above and up on both sides, as in
-    GptOssExperts; computed in fp32, and from the input again in backward.
+    gate_up interleaves gates and ups: columns 0, 2, ... and 1, 3, .... Its bias is (E, 2 I). The
+    result is (up + 1) * gate * sigmoid(alpha * gate), with the gate clamped to at most `limit` and
+    up to -limit..limit.
+
+    It is computed in fp32 and rounded once. Backward computes it again from the input: autograd
+    would keep every intermediate result, several times the memory of gate_up.
     """
 
     @staticmethod
@@ -153,7 +181,10 @@ class ClampedSwiglu(torch.autograd.Function):
 
 
 class Combine(torch.autograd.Function):
-    """The experts' outputs (S, D), with their bias (E, D), weighted and added up: (T, D)."""
+    """Add the bias (E, D) to the experts' outputs (S, D), and sum each token's k, weighted: (T, D).
+
+    As above: in fp32, in a fixed order, and computed again in backward.
+    """
 
     @staticmethod
     def forward(
@@ -184,6 +215,7 @@ def swiglu(
     alpha: float,
     limit: float,
 ) -> torch.Tensor:
+    """The forward of ClampedSwiglu: gate_up (S, 2 I), bias (E, 2 I), expert_ids (S,) -> (S, I)."""
     gate, up = (gate_up.float() + bias[expert_ids].float()).unflatten(-1, (-1, 2)).unbind(-1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return ((up + 1) * gate * torch.sigmoid(alpha * gate)).to(gate_up.dtype)
@@ -197,8 +229,9 @@ def swiglu_backward(
     alpha: float,
     limit: float,
 ) -> torch.Tensor:
+    """The gradient of gate_up (S, 2 I), from that of the result (S, I)."""
     gate, up = (gate_up.float() + bias[expert_ids].float()).unflatten(-1, (-1, 2)).unbind(-1)
-    # As torch's clamp has it, the edges themselves let the gradient through.
+    # A clamped value has no gradient. A value exactly at the limit has one, as with torch.clamp.
     lets_gate, lets_up = gate <= limit, (up >= -limit) & (up <= limit)
     gate, up, grad = gate.clamp(max=limit), up.clamp(-limit, limit), grad.float()
     sigmoid = torch.sigmoid(alpha * gate)
@@ -214,6 +247,7 @@ def combine(
     expert_ids: torch.Tensor,
     inverse: torch.Tensor,
 ) -> torch.Tensor:
+    """The forward of Combine: outputs (S, D), bias (E, D), weights (T, k) -> (T, D)."""
     by_token = (outputs[inverse].float() + bias[expert_ids[inverse]].float()).view(
         *weights.shape, -1
     )
@@ -229,6 +263,7 @@ def combine_backward(
     order: torch.Tensor,
     inverse: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of outputs (S, D) and of weights (T, k), from that of the result (T, D)."""
     by_expert = grad[order // weights.shape[1]].float()
     d_outputs = by_expert * weights.flatten()[order].float()[:, None]
     d_weights = (by_expert * (outputs.float() + bias[expert_ids].float())).sum(-1)
@@ -237,16 +272,21 @@ def combine_backward(
 
 
 def sum_by_expert(grad: torch.Tensor, expert_ids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Of the rows of grad (S, N), as a matrix product: (E, N), always in the same order."""
+    """Sum the rows of grad (S, N) that belong to each expert: the gradient of a bias (E, N).
+
+    A product with a matrix of zeros and ones, because it adds up in the same order in every run.
+    index_add would use atomic operations.
+    """
     experts = torch.arange(len(bias), device=grad.device)
     return ((expert_ids == experts[:, None]).to(grad.dtype) @ grad).to(bias.dtype)
 
 
 def fused(function: Callable[..., Any], like: torch.Tensor) -> Callable[..., Any]:
-    """One kernel of it where there is a GPU; elsewhere compiling takes longer than it saves."""
+    """The function as one compiled kernel on a GPU; on a CPU compiling costs more than it saves."""
     return compiled(function) if like.is_cuda else function
 
 
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    # dynamic, because the number of tokens differs from batch to batch: else each compiles anew.
     return torch.compile(function, dynamic=True)

@@ -1,4 +1,4 @@
-"""What a token costs in floating-point operations, and what a GPU can do of them in a second."""
+"""Floating-point operations: how many a token costs, and how many a GPU does in a second."""
 
 from typing import Any
 
@@ -14,19 +14,23 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 def grouped_mm_flops(
     a: tuple[int, ...], b: tuple[int, ...], *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """What FlopCounterMode of torch 2.13 lacks: a (S, K) times b (E, K, N), or a (K, S) and b
-    (S, N) for the gradient of a stack of weights; each row meets one expert.
+    """FLOPs of a grouped GEMM; torch 2.13's FlopCounterMode has no formula for it.
+
+    a (S, K) times b (E, K, N), where each of the S rows is multiplied by one expert's weight. Or,
+    for the gradient of a stack of weights, a (K, S) times b (S, N), summed by expert.
     """
     return 2 * a[0] * a[1] * b[-1]
 
 
 def flops_per_token(config: GptOssConfig, *, context: float, lora: bool) -> float:
-    """FLOPs a token costs forward and backward, recomputation left out (MFU as in PaLM, app. B).
+    """FLOPs of one token, forward and backward, as MFU counts them (PaLM paper, appendix B).
 
-    2 FLOPs a weight forward and 2 for the gradient of its input; full runs add 2 for the weight's
-    own. Only the experts a token visits count. Attention: 4 * heads * head_dim * keys a layer
-    forward, twice that backward, with half of `context` keys on average (the mean length of a
-    conversation), at most the window in sliding layers.
+    Recomputed activations do not count. Each weight that a token meets costs 2 FLOPs in forward
+    and 2 for the gradient of its input; a full run adds 2 for the weight's own gradient. Of the
+    experts, only those that the token is routed to count. Attention costs 4 * heads * head_dim *
+    keys per layer in forward and twice that in backward. `context` is the mean length of a
+    conversation in tokens: on average a token attends to half of it, and in a sliding layer to at
+    most the window.
     """
     q_dim = config.num_attention_heads * config.head_dim
     kv_dim = config.num_key_value_heads * config.head_dim
@@ -43,6 +47,6 @@ def flops_per_token(config: GptOssConfig, *, context: float, lora: bool) -> floa
 
 
 def peak_flops() -> float | None:
-    """This GPU's peak, or None if it is not in the table: an MFU is never guessed."""
+    """This GPU's dense bf16 peak in FLOP/s. None if the table lacks it: an MFU is never guessed."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)

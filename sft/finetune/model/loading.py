@@ -1,4 +1,8 @@
-"""gpt-oss as it is trained here: made where its weights will be, experts found for LoRA."""
+"""Load gpt-oss for training: its config, its tokenizer, and the model itself.
+
+The model is built without weights, on the meta device. Its weights are then read straight to where
+they are trained, so that no process ever holds a second copy of them.
+"""
 
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +26,7 @@ from finetune.model.weights import BaseWeights, fill
 
 
 def load_config(model_id: str, *, revision: str = "main") -> GptOssConfig:
-    """Read the model's config. Raises UserError if it cannot be had or is not gpt-oss."""
+    """Read the model's config. Raises UserError if it cannot be read or is not gpt-oss."""
     try:
         config = AutoConfig.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError) as error:
@@ -39,7 +43,7 @@ def load_config(model_id: str, *, revision: str = "main") -> GptOssConfig:
 
 
 def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokenizerBase:
-    """Read the tokenizer with its chat template. Raises UserError if it cannot be had."""
+    """Read the tokenizer with its chat template. Raises UserError if it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(model_id, revision=revision)
     except (OSError, ValueError) as error:
@@ -52,20 +56,23 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
 def meta_model(config: GptOssConfig) -> GptOssForCausalLM:
     """gpt-oss in bf16 without any weights: its parameters have shapes and no values."""
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # what is trained and saved is not quantized
+        # The published config names MXFP4. transformers would save it with the trained weights,
+        # which are not quantized, and then read those as MXFP4.
+        del config.quantization_config
     with torch.device("meta"):
-        # Not from_config: under ZeRO-3 it would share out weights that are not there yet.
+        # Not from_config: under ZeRO-3 it partitions the weights at once, before they are read.
         return GptOssForCausalLM(config).to(torch.bfloat16)
 
 
 def load_model(
     weights: BaseWeights, *, attn_implementation: str, dequantize: bool = True
 ) -> GptOssForCausalLM:
-    """gpt-oss with the weights of a checkpoint, bf16 but for experts stored in MXFP4, which stay so
-    unless dequantize is set, where this process will train them.
+    """gpt-oss with its weights where this process will train them.
 
-    Under FSDP2 it stays on the meta device: weights.shard_and_fill, called when the adapter is in
-    its place, has each rank read its share. Raises UserError if MXFP4 would have to be sharded.
+    The weights are in bf16, except for experts stored in MXFP4: those stay packed and frozen unless
+    dequantize is set. Under FSDP2 the model stays on the meta device, because each rank should read
+    only its share: that is done by weights.shard_and_fill, once the adapter is added. Raises
+    UserError if MXFP4 weights would have to be sharded.
     """
     config = load_config(weights.model_id, revision=weights.revision)
     config.use_cache = False
@@ -74,7 +81,7 @@ def load_model(
     config.dtype = torch.bfloat16
     register_experts()
     model = meta_model(config)
-    with suppress(OSError):  # it is optional
+    with suppress(OSError):  # generation_config.json is optional
         model.generation_config = GenerationConfig.from_pretrained(
             weights.model_id, revision=weights.revision
         )
@@ -88,6 +95,7 @@ def load_model(
             "/sft/ddp.yaml, or add --dequantize true"
         )
     if not sharded:
+        # DeepSpeed takes a model that is complete on the CPU, and partitions and moves it itself.
         device = torch.device("cpu") if offloaded else PartialState().device
         fill(model, weights, device=device, dequantize=dequantize)
     return model

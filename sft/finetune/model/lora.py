@@ -10,9 +10,10 @@ from finetune.errors import UserError
 
 
 def expert_parameters(model: torch.nn.Module) -> list[str]:
-    """Names, below a layer, of the parameters that stack a weight per expert: (E, in, out).
+    """Names, within a layer, of the parameters that stack one weight per expert: (E, in, out).
 
-    Read from the model itself, so that a new size needs no new line here. Raises UserError if none.
+    They are found in the model by their three dimensions, so that no table of model sizes has to be
+    kept. Raises UserError if there are none: LoRA would silently train no expert.
     """
     names = {
         re.sub(r"^.*layers\.\d+\.", "", name)
@@ -25,7 +26,10 @@ def expert_parameters(model: torch.nn.Module) -> list[str]:
 
 
 def lora_config(model: torch.nn.Module, args: ModelConfig) -> LoraConfig | None:
-    """LoRA on every linear layer and every expert unless told otherwise."""
+    """PEFT's configuration from TRL's flags; None without --use_peft.
+
+    Where the flags name no targets, LoRA is put on every linear layer and every stack of experts.
+    """
     if not args.use_peft:
         return None
     return LoraConfig(

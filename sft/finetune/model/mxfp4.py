@@ -1,8 +1,9 @@
-"""Frozen expert weights as they are published: MXFP4, a quarter of bf16, unpacked while used.
+"""Frozen expert weights in MXFP4, as they are published, unpacked only while they are used.
 
-A block of 32 weights is 16 bytes of FP4 values (E2M1, the even one in the low half of a byte) and a
-scale, the exponent of a power of two with bias 127 (OCP Microscaling Formats, v1.0). E experts, of
-"in" inputs and "out" outputs:
+MXFP4 takes about a quarter of the memory of bf16. A block of 32 weights is stored as 16 bytes and a
+scale (OCP Microscaling Formats, v1.0). Each byte holds two FP4 values (E2M1), the even one in its
+low half. The scale is the exponent of a power of two, with a bias of 127. For E experts of "in"
+inputs and "out" outputs:
 
     blocks    (E, out, in / 32, 16) uint8        scales    (E, out, in / 32) uint8
 """
@@ -14,13 +15,18 @@ import torch
 from torch.nn.functional import grouped_mm
 
 try:
-    from finetune.model import kernels as mxfp4_triton
-except ImportError:  # a CPU build of torch brings no Triton
-    mxfp4_triton = None  # type: ignore[assignment]
+    from finetune.model import kernels
+except ImportError:  # a CPU build of torch comes without Triton
+    kernels = None  # type: ignore[assignment]
 
 BLOCK_SIZE = 32
-# A stack of 20b's experts at once, a quarter of one of 120b's.
+# How much is unpacked at a time in forward and backward: a whole stack of 20b's experts, a quarter
+# of one of 120b's. More takes memory, less makes the host wait for the router (packed_grouped_mm).
 MAX_UNPACKED_BYTES = 2**30
+# By code: the lowest 3 bits are the magnitude, the 4th is the sign.
+FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_VALUES = FP4_MAGNITUDES + tuple(-magnitude for magnitude in FP4_MAGNITUDES)
+# (256, 2): the two values of each byte.
 FP4_VALUES = (
     0.0,
     0.5,
@@ -46,12 +52,12 @@ PAIRS = torch.tensor(
 
 
 def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The weights in bf16, exactly: (E, out, in)."""
-    if blocks.is_cuda and mxfp4_triton is not None:
-        return mxfp4_triton.unpack(blocks, scales)
+    """The weights in bf16: (E, out, in). Exact, because bf16 holds every MXFP4 value."""
+    if blocks.is_cuda and kernels is not None:
+        return kernels.unpack(blocks, scales)
     weights = torch.empty(*scales.shape, BLOCK_SIZE, dtype=torch.bfloat16, device=blocks.device)
     pairs = PAIRS.to(blocks.device)
-    # Expert by expert: indices are eight times as large as the bytes.
+    # Expert by expert: PyTorch indexes by 64-bit numbers, eight times as large as the bytes.
     for expert, (values, exponents) in enumerate(zip(blocks, scales, strict=True)):
         values = pairs[values.int()].flatten(-2)
         torch.ldexp(values, exponents.int()[..., None] - 127, out=weights[expert])
@@ -59,9 +65,11 @@ def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 class Mxfp4Weight(torch.Tensor):
-    """A stack of expert weights (E, in, out), bf16 to whoever looks, that holds blocks and scales.
+    """A stack of expert weights that looks like a bf16 tensor (E, in, out) and is stored in MXFP4.
 
-    Operations that have no packed form unpack it first; those that would change it are refused.
+    A tensor subclass, so that it can be a model's parameter. `to(device)` and `detach` work on its
+    blocks and scales; every other operation unpacks a copy first. In-place operations raise
+    NotImplementedError, because they would change only that copy.
     """
 
     blocks: torch.Tensor
@@ -91,7 +99,7 @@ class Mxfp4Weight(torch.Tensor):
         return Mxfp4Weight(tensors["blocks"], tensors["scales"])
 
     def dense(self) -> torch.Tensor:
-        """A bf16 copy: (E, in, out)."""
+        """An unpacked bf16 copy, (E, in, out): transposed, as a view of (E, out, in)."""
         return unpack(self.blocks, self.scales).transpose(1, 2)
 
     @classmethod
@@ -101,6 +109,7 @@ class Mxfp4Weight(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten.detach.default:
             return Mxfp4Weight(args[0].blocks, args[0].scales)
+        # .to(device) moves the packed bytes; .to(dtype) unpacks, like all other operations.
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") in (None, args[0].dtype):
             device = kwargs.get("device", args[0].device)
             return Mxfp4Weight(args[0].blocks.to(device), args[0].scales.to(device))
@@ -111,9 +120,10 @@ class Mxfp4Weight(torch.Tensor):
 
 
 class PackedGroupedMM(torch.autograd.Function):
-    """Rows x (S, in), each times its expert's weights: (S, out).
+    """Multiply each row of x (S, in) by its expert's packed weight: (S, out).
 
-    Forward and backward unpack; neither saves what it unpacked.
+    Forward and backward each unpack the weights. Saving the unpacked ones for backward would keep
+    all layers' experts in bf16, and the memory that MXFP4 saves would be gone.
     """
 
     @staticmethod
@@ -140,19 +150,22 @@ def packed_grouped_mm(
     *,
     transpose: bool,
 ) -> torch.Tensor:
-    """Rows x times their expert's weights (out, in) or, transposed, (in, out), as many experts
-    unpacked at a time as MAX_UNPACKED_BYTES holds. offsets: (E,), as for grouped_mm.
+    """Multiply each row of x by its expert's weight, at most MAX_UNPACKED_BYTES unpacked at a time.
+
+    transpose: whether to multiply by (in, out), as in forward, or by (out, in), as in backward.
+    offsets: (E,), the end of each expert's rows, as grouped_mm takes them.
     """
     num_experts = len(blocks)
+    # A byte of a block becomes two bf16 numbers: four bytes.
     step = max(1, MAX_UNPACKED_BYTES // (4 * blocks[0].numel()))
     if step >= num_experts:
-        # All at once, and the host need not wait for the router.
+        # All experts at once. Only the device reads the offsets, so the host need not wait for it.
         weights = unpack(blocks, scales)
         return grouped_mm(x, weights.transpose(1, 2) if transpose else weights, offs=offsets)
     starts, rows = range(0, num_experts, step), bounds(offsets, step=step, num_rows=len(x))
     y = x.new_empty(len(x), blocks.shape[1] if transpose else 2 * blocks[0, 0].numel())
     for first, (start, stop) in zip(starts, pairwise(rows), strict=True):
-        if start == stop:
+        if start == stop:  # no token goes to these experts
             continue
         some = slice(first, first + step)
         weights = unpack(blocks[some], scales[some])
@@ -162,12 +175,18 @@ def packed_grouped_mm(
 
 
 def bounds(offsets: torch.Tensor, *, step: int, num_rows: int) -> list[int]:
-    """The first row of every `step` experts, and the end. The host waits for the router here."""
+    """The first row of every group of `step` experts, and the number of rows at the end.
+
+    The host waits here until the device has run the router, as slices need numbers on the host.
+    """
     return [0, *offsets[step - 1 : -1 : step].tolist(), num_rows]
 
 
 def exclude_packed_from_ddp(model: torch.nn.Module) -> None:
-    """Keep DistributedDataParallel from sending packed weights around: every rank has read them."""
+    """Keep DistributedDataParallel from broadcasting the packed weights at its start.
+
+    Every rank has read them from disk already.
+    """
     model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]
         name for name, parameter in model.named_parameters() if isinstance(parameter, Mxfp4Weight)
     ]

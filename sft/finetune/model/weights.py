@@ -1,9 +1,14 @@
-"""A checkpoint's weights, each rank reading what it keeps: all of them on its GPU or its shards."""
+"""Weights by name, read when they are asked for, so that no process holds more than it keeps.
+
+WeightSource is what all places that weights come from have in common. BaseWeights is the published
+model on disk; `fill` gives a model all of its weights, `shard_and_fill` gives each FSDP2 rank the
+rows that it owns.
+"""
 
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -15,11 +20,60 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel, GptOssRotaryEmbedding
 
 from finetune.errors import UserError
-from finetune.model.mxfp4 import Mxfp4Weight
+from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
+
+CPU = torch.device("cpu")
+
+
+class WeightSource(Protocol):
+    """Named tensors that are read from disk, or computed, each time they are asked for.
+
+    Stacks of experts have the shape (E, in, out), with E experts of "in" inputs and "out" outputs,
+    also where they are stored in MXFP4. start and stop select rows, along the first dimension: the
+    first one, and the one after the last (None: to the end). The result is on `device`.
+    """
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of the whole weight, as `dense` returns it; no values are read."""
+        ...
+
+    def is_packed(self, name: str) -> bool:
+        """Whether it is stored in MXFP4, as two tensors: `{name}_blocks` and `{name}_scales`."""
+        ...
+
+    def rows(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        """Rows of a tensor as it is stored; of a packed one, name its blocks or its scales."""
+        ...
+
+    def dense(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        """Rows of a weight as floats, unpacked if it is stored in MXFP4."""
+        ...
+
+
+def read_packed(
+    source: WeightSource,
+    name: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    device: torch.device = CPU,
+) -> Mxfp4Weight:
+    """Some experts of a stack that is stored in MXFP4, still packed: (stop - start, in, out)."""
+    blocks = source.rows(f"{name}_blocks", start=start, stop=stop, device=device)
+    scales = source.rows(f"{name}_scales", start=start, stop=stop, device=device)
+    return Mxfp4Weight(blocks, scales)
 
 
 class BaseWeights:
-    """The safetensors files of a hub name or a folder. Raises UserError if they cannot be had."""
+    """The safetensors files of a hub name or a folder: a WeightSource.
+
+    files: the file of each stored tensor, by the tensor's name. Raises UserError if the weights
+    cannot be downloaded or if the folder holds none.
+    """
 
     def __init__(self, model_id: str, *, revision: str = "main") -> None:
         self.model_id, self.revision = model_id, revision
@@ -38,47 +92,46 @@ class BaseWeights:
             )
 
     def is_packed(self, name: str) -> bool:
-        """Whether a stack of experts is stored as MXFP4 blocks and scales."""
         return f"{name}_blocks" in self.files
 
     def shape(self, name: str) -> torch.Size:
-        """Of a stored tensor."""
+        if self.is_packed(name):
+            num_experts, out, groups, _ = self.shape(f"{name}_blocks")
+            return torch.Size((num_experts, groups * BLOCK_SIZE, out))
         with safe_open(self.files[name], "pt") as file:
             return torch.Size(file.get_slice(name).get_shape())
 
     def rows(
-        self, name: str, *, device: torch.device, start: int = 0, stop: int | None = None
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
     ) -> torch.Tensor:
-        """Part of a stored tensor along its first dimension, nothing else of it read."""
+        """Raises UserError if no tensor of this name is stored."""
         if name not in self.files:
             raise UserError(f"the weights of {self.model_id!r} lack {name}")
         with safe_open(self.files[name], "pt") as file:
             return file.get_slice(name)[start:stop].to(device)
 
-    def packed(self, name: str, **where: Any) -> Mxfp4Weight:
-        """A stack of experts (E, in, out) as it is stored."""
-        blocks, scales = (self.rows(f"{name}_{part}", **where) for part in ("blocks", "scales"))
-        return Mxfp4Weight(blocks, scales)
-
-    def dense(self, name: str, **where: Any) -> torch.Tensor:
-        """A weight as floats, unpacked if it is packed."""
-        if not self.is_packed(name):
-            return self.rows(name, **where)
-        return self.packed(name, **where).dense()
+    def dense(
+        self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
+    ) -> torch.Tensor:
+        if self.is_packed(name):
+            return read_packed(self, name, start=start, stop=stop, device=device).dense()
+        return self.rows(name, start=start, stop=stop, device=device)
 
 
 def download(model_id: str, revision: str) -> Path:
-    """Once a node, into the hub's cache."""
+    """Download the weights into the hub's cache, once for all ranks of a node; return their folder.
+
+    Raises UserError if the hub does not give them.
+    """
     with PartialState().local_main_process_first():
         try:
-            # Published repositories hold the same weights in other layouts too.
-            ignored = ["original/*", "metal/*"]
             return Path(
                 snapshot_download(
                     model_id,
                     revision=revision,
                     allow_patterns=["*.safetensors", "*.json"],
-                    ignore_patterns=ignored,
+                    # OpenAI's repositories hold the same weights again in two other layouts.
+                    ignore_patterns=["original/*", "metal/*"],
                 )
             )
         except (OSError, ValueError) as error:
@@ -88,38 +141,42 @@ def download(model_id: str, revision: str) -> Path:
 
 
 def fill(
-    model: torch.nn.Module, checkpoint: BaseWeights, *, device: torch.device, dequantize: bool
+    model: torch.nn.Module, source: WeightSource, *, device: torch.device, dequantize: bool
 ) -> None:
-    """Give a model made on the meta device its weights, on device; MXFP4 stays as it is, frozen,
-    unless dequantize is set.
+    """Give a model that was made on the meta device its weights, on `device`.
+
+    Weights stored in MXFP4 stay packed and are frozen, unless dequantize is set.
     """
+    # A list: registering a parameter changes what named_parameters iterates over.
     for name, parameter in list(model.named_parameters()):
-        if checkpoint.is_packed(name) and not dequantize:
-            weight = torch.nn.Parameter(checkpoint.packed(name, device=device), requires_grad=False)
+        if source.is_packed(name) and not dequantize:
+            packed = read_packed(source, name, device=device)
+            weight = torch.nn.Parameter(packed, requires_grad=False)
         else:
-            values = checkpoint.dense(name, device=device).to(parameter.dtype)
+            values = source.dense(name, device=device).to(parameter.dtype)
             weight = torch.nn.Parameter(values.contiguous())
         module, _, leaf = name.rpartition(".")
         model.get_submodule(module).register_parameter(leaf, weight)
     restore_buffers(model, device)
 
 
-def shard_and_fill(
-    accelerator: Accelerator, model: torch.nn.Module, checkpoint: BaseWeights
-) -> None:
-    """FSDP2 of a model on the meta device; then each rank reads its rows of every weight.
+def shard_and_fill(accelerator: Accelerator, model: torch.nn.Module, source: WeightSource) -> None:
+    """Shard a model that is on the meta device by FSDP2; then each rank reads its own rows.
 
-    Raises UserError if there are more ranks than rows to share out.
+    The model may be wrapped by PEFT: its adapter is initialised here. All ranks call this. Raises
+    UserError if there are more ranks than rows of a weight to share out.
     """
     fsdp2_prepare_model(accelerator, model)
     model.to_empty(device=accelerator.device)
-    # Every rank draws the same numbers for an adapter, and keeps its rows of them.
+    # Every rank draws the same numbers for the whole adapter and keeps its rows of them, so that
+    # the adapter does not depend on the number of ranks.
     generator = torch.Generator().manual_seed(torch.initial_seed())
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         num_rows, num_gpus = parameter.shape[0], parameter.device_mesh.size()
+        # FSDP2 gives each rank ceil(num_rows / num_gpus) rows: is anything left for the last one?
         if math.ceil(num_rows / num_gpus) * (num_gpus - 1) >= num_rows:
-            # accelerate 1.15.0 tells parameters apart by their addresses, and empty ones have none.
+            # accelerate 1.15.0 identifies parameters by their address, and empty ones have none.
             raise UserError(
                 f"{name} has {num_rows} rows, too few for {num_gpus} GPUs to share: use fewer"
             )
@@ -128,13 +185,13 @@ def shard_and_fill(
             values = initial_adapter(name, parameter.shape, generator)[start:stop]
         else:
             stored = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            values = checkpoint.dense(stored, device=accelerator.device, start=start, stop=stop)
+            values = source.dense(stored, start=start, stop=stop, device=accelerator.device)
         parameter.to_local().detach().copy_(values)
     restore_buffers(model, accelerator.device)
 
 
 def local_rows(parameter: DTensor) -> tuple[int, int]:
-    """The first of this rank's rows of a parameter that is sharded by rows, and the one after."""
+    """This rank's rows of a parameter sharded by rows: the first, and the one after the last."""
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
@@ -142,13 +199,16 @@ def local_rows(parameter: DTensor) -> tuple[int, int]:
 
 
 def initial_adapter(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    """As PEFT's LoraLayer.reset_lora_parameters has it: A random, B zero."""
+    """The whole of an adapter's tensor as PEFT's LoraLayer.reset_lora_parameters initialises it.
+
+    A is random and B is zero, so that training starts from the base model.
+    """
     if "lora_B" in name:
         return torch.zeros(shape)
     return torch.nn.init.kaiming_uniform_(torch.empty(shape), math.sqrt(5), generator=generator)
 
 
 def restore_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """What no checkpoint holds: the rotary embedding's frequencies."""
+    """Compute the rotary embedding's frequencies: buffers that no checkpoint holds."""
     decoder = next(module for module in model.modules() if isinstance(module, GptOssModel))
     decoder.rotary_emb = GptOssRotaryEmbedding(decoder.config).to(device)
