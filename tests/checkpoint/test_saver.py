@@ -42,10 +42,15 @@ class FakeUploader:
 
     def __init__(self) -> None:
         self.uploads: queue.Queue[Upload] = queue.Queue()
+        self.all: list[Upload] = []
+        self.is_closed = False
 
     def __call__(self, files: list[Path]) -> None:
         upload = Upload(files)
         self.uploads.put(upload)
+        self.all.append(upload)
+        if self.is_closed:
+            upload.end()
         assert upload.ended.wait(DEADLINE)
         if upload.error is not None:
             raise upload.error
@@ -53,6 +58,13 @@ class FakeUploader:
     def next(self) -> Upload:
         """The next call, once the saver has made it."""
         return self.uploads.get(timeout=DEADLINE)
+
+    def close(self) -> None:
+        """End every upload. A test that has failed would else leave the saver's thread waiting."""
+        self.is_closed = True
+        for upload in self.all:
+            if not upload.ended.is_set():
+                upload.end()
 
     def has_been_called(self) -> bool:
         """Whether there is a call that the test has not taken yet."""
@@ -124,11 +136,22 @@ def start_thread(work: Callable[[], Any]) -> threading.Thread:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path)
-    yield run
-    while run.uploader.has_been_called():  # of a test that has failed before it took the call
-        run.uploader.next().end()
+def make_run() -> Iterator[Callable[..., Run]]:
+    """Makes a Run of a folder and the number of checkpoints to keep."""
+    runs: list[Run] = []
+
+    def make(run_dir: Path, *, keep: int | None = None) -> Run:
+        runs.append(Run(run_dir, keep=keep))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        run.uploader.close()
+
+
+@pytest.fixture
+def run(make_run: Callable[..., Run], tmp_path: Path) -> Run:
+    return make_run(tmp_path)
 
 
 def test_a_save_goes_through_its_phases_and_ends(run: Run) -> None:
@@ -186,8 +209,10 @@ def test_the_manifest_is_not_written_before_all_files_are_uploaded(run: Run) -> 
     run.step_until(Phase.IDLE)
 
 
-def test_old_checkpoints_are_deleted_only_after_the_manifests_own_upload(tmp_path: Path) -> None:
-    run = Run(tmp_path, keep=1)
+def test_old_checkpoints_are_deleted_only_after_the_manifests_own_upload(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path, keep=1)
     first = run.save_completely(1)
     second = run.save(2)
     run.uploader.next().end()
@@ -329,9 +354,10 @@ def failure(folder: Path, reason: str, last: str) -> str:
 
 
 def test_a_failed_write_stops_training_and_names_the_last_complete_checkpoint(
+    make_run: Callable[..., Run],
     tmp_path: Path,
 ) -> None:
-    run = Run(tmp_path, keep=1)
+    run = make_run(tmp_path, keep=1)
 
     def write(folder: Path) -> None:
         raise PermissionError("not allowed")
@@ -347,9 +373,9 @@ def test_a_failed_write_stops_training_and_names_the_last_complete_checkpoint(
 
 @pytest.mark.parametrize("phase", [Phase.WRITING, Phase.COMMITTING])
 def test_a_failure_in_the_background_stops_training_at_the_next_step(
-    phase: Phase, tmp_path: Path
+    make_run: Callable[..., Run], phase: Phase, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path, keep=1)
+    run = make_run(tmp_path, keep=1)
     first = run.save_completely(1)
     second = run.save(2)
     if phase is Phase.COMMITTING:
@@ -401,8 +427,8 @@ def mount(tmp_path: Path) -> Iterator[Path]:
     yield link
 
 
-def test_a_run_folder_that_is_gone_raises(mount: Path) -> None:
-    run = Run(mount)
+def test_a_run_folder_that_is_gone_raises(make_run: Callable[..., Run], mount: Path) -> None:
+    run = make_run(mount)
     run.save_completely(1)
     mount.unlink()
     with pytest.raises(UserError, match=f"{mount} is no longer mounted: is the bucket gone?"):
@@ -411,12 +437,12 @@ def test_a_run_folder_that_is_gone_raises(mount: Path) -> None:
 
 @pytest.mark.parametrize("phase", [Phase.IDLE, Phase.WRITING])
 def test_a_run_folder_in_another_file_system_raises(
-    phase: Phase, mount: Path, tmp_path: Path
+    make_run: Callable[..., Run], phase: Phase, mount: Path, tmp_path: Path
 ) -> None:
     """A bucket that is unmounted leaves an empty folder on the node's disk."""
     if not SHARED_MEMORY.is_dir() or SHARED_MEMORY.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system")
-    run = Run(mount)
+    run = make_run(mount)
     first = run.save_completely(1).resolve()
     upload = None
     if phase is Phase.WRITING:

@@ -1,4 +1,4 @@
-"""Runs of train.py with two real processes."""
+"""Complete runs of train.py on two real processes."""
 
 import shutil
 from pathlib import Path
@@ -12,22 +12,24 @@ from transformers import AutoModelForCausalLM
 from helpers.launching import Launch, losses
 
 
-def test_full_run_is_sharded_and_done_once(launch: Launch, tmp_path: Path) -> None:
-    # A key brings W&B; there is none here, whatever else is set for it.
+def test_a_full_run_is_sharded_and_not_trained_again_once_finished(
+    launch: Launch, tmp_path: Path
+) -> None:
+    # W&B is used only if there is a key; here there is none, and its other variables do not matter.
     envs = {"WANDB_API_KEY": "", "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
     cache = tmp_path / "cache"
-    whole = launch(
-        "fsdp2.yaml", f"--output_dir={tmp_path / 'whole'}", HF_DATASETS_CACHE=str(cache), **envs
+    result = launch(
+        "fsdp2.yaml", f"--output_dir={tmp_path / 'run'}", HF_DATASETS_CACHE=str(cache), **envs
     )
     assert not list(tmp_path.glob("wandb/*"))
-    # Tokenised once: the second rank has read what the first one left.
+    # Tokenised by one rank only: the other one read its cache.
     assert len(list(cache.rglob("generator-train.arrow"))) == 1
-    assert len(list(cache.rglob("cache-*.arrow"))) == 2  # the other is TRL's packing
-    assert whole.returncode == 0, whole.stderr
-    assert len(losses(whole.stdout)) == 4
-    assert "processes: 2" in whole.stdout
+    assert len(list(cache.rglob("cache-*.arrow"))) == 2  # tokens; TRL's packing
+    assert result.returncode == 0, result.stderr
+    assert len(losses(result.stdout)) == 4
+    assert "processes: 2" in result.stdout
 
-    shards = tmp_path / "whole/checkpoint-2"
+    shards = tmp_path / "run/checkpoint-2"
     assert {file.name for file in shards.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     tensors = FileSystemReader(shards).read_metadata().state_dict_metadata
     weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -36,13 +38,13 @@ def test_full_run_is_sharded_and_done_once(launch: Launch, tmp_path: Path) -> No
         assert isinstance(tensor, TensorStorageMetadata)
         assert len(tensor.chunks) == 2, f"{name} is not sharded over both ranks"
 
-    again = launch("fsdp2.yaml", "--output_dir", str(tmp_path / "whole"))
+    again = launch("fsdp2.yaml", "--output_dir", str(tmp_path / "run"))
     assert again.returncode == 0, again.stderr
     assert "this run had finished at step 4" in again.stdout
     assert losses(again.stdout) == []
 
 
-def test_lora_beside_a_sharded_bf16_base(launch: Launch, tmp_path: Path) -> None:
+def test_lora_trains_with_a_sharded_bf16_base_only(launch: Launch, tmp_path: Path) -> None:
     flags = ("fsdp2_lora.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0")
     refused = launch(*flags)
     assert refused.returncode != 0
@@ -59,7 +61,9 @@ def test_lora_beside_a_sharded_bf16_base(launch: Launch, tmp_path: Path) -> None
 @pytest.mark.skipif(
     shutil.which("c++") is None, reason="DeepSpeed builds its AdamW for the CPU with a C++ compiler"
 )
-def test_zero3_with_offload_is_an_alternative(launch: Launch, tmp_path: Path) -> None:
+def test_zero3_with_offload_trains_and_leaves_loadable_weights(
+    launch: Launch, tmp_path: Path
+) -> None:
     result = launch("zero3_offload.yaml")
     assert result.returncode == 0, result.stderr
     assert losses(result.stdout)[-1] < losses(result.stdout)[0]

@@ -1,11 +1,13 @@
-"""What a run leaves on disk, and when it can be trusted.
+"""What a run writes to its folder, and when that is complete.
 
-In: state dicts of the trainer and the folder of the run, maybe a mounted bucket. Out: complete
+In: state dicts of the trainer and the run's folder, which may be a mounted bucket. Out: complete
 checkpoints to resume from, the artifact in `final`, a record of each launch.
 
-saver.Saver                     saves in the background, step by step agreed by all ranks
-manifest.resume_from            the newest complete checkpoint, its files checked
-fingerprint.RunRecord           what a run trains on what; a resume under anything else is refused
-artifact.save_artifact          weights or adapter, tokenizer and summary
-history, bucket                 what interruptions cost; whether a file has reached the bucket
+saver.Saver                     saves in the background; all ranks decide together
+manifest.complete_checkpoints   the checkpoints that can be used, the newest first
+manifest.resume_from            the newest complete checkpoint whose hashes are right
+fingerprint.RunRecord           what a run trains on what; a checkpoint of another is refused
+artifact.save_artifact          writes weights or adapter, tokenizer and summary
+history.interruption_cost       what the launches' records say about interruptions
+bucket.await_upload             returns when files have reached the bucket
 """

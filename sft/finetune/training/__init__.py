@@ -1,9 +1,10 @@
 """TRL's SFTTrainer as the recipes use it.
 
-In: a model, a tokenised dataset, a checkpoint.Saver. Out: a trained model, log entries with rates.
+In: a model, a tokenised dataset, a Saver. Out: a trained model, and log entries with rates.
 
 trainer.ResumableSFTTrainer     saves and resumes through torch DCP, on any number of ranks
 callbacks.Throughput            tokens per second per GPU, MFU, peak memory in each log entry
-watchdog.Watchdog               ends a run that hangs, and names the rank
+callbacks.EvaluateAtEnd         evaluates the model that is saved at the end
+watchdog.Watchdog               ends a run that hangs, and names the rank that caused it
 tracking.configure_wandb        one W&B run for all launches of a run
 """
