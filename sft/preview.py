@@ -1,8 +1,8 @@
 """What a dataset becomes: conversations as the model sees them, the loss, packing and steps.
 
-    python sft/preview.py --dataset FILE_OR_NAME --tokenizer NAME_OR_FOLDER [--json true]
+    python sft/preview.py --dataset FILE_OR_NAME --tokenizer NAME_OR_FOLDER [--task TASK.yaml]
 
-Needs a tokenizer, no model and no GPU. `make preview DATASET=my.jsonl` calls it.
+Needs a tokenizer, but neither a model nor a GPU. `make preview DATASET=my.jsonl` calls it.
 """
 
 from dataclasses import dataclass, field
@@ -13,16 +13,31 @@ from finetune.data.options import DataArguments, check_data_arguments
 
 @dataclass
 class PreviewArguments:
-    """What to show of which dataset."""
+    """Which dataset to show, and how."""
 
-    dataset: str = field(metadata={"help": "As DATASET in a task file."})
-    tokenizer: str = field(metadata={"help": "Name or folder of the model, or of its tokenizer."})
+    dataset: str = field(
+        metadata={"help": "The dataset, written like DATASET in a task file: a file or a hub name."}
+    )
+    tokenizer: str = field(
+        metadata={"help": "The hub name or the folder of a model, or of its tokenizer alone."}
+    )
     num_examples: int = field(default=3, metadata={"help": "How many conversations to show."})
     task: str | None = field(
-        default=None, metadata={"help": "The task file that will train on it: packing and steps."}
+        default=None,
+        metadata={
+            "help": "The task file that will train on the dataset. Its flags apply to the preview, "
+            "and the summary then tells the packing and the steps of an epoch."
+        },
+    )
+    svg: str | None = field(
+        default=None, metadata={"help": "Also save the conversations shown as this SVG file."}
     )
     json: bool = field(
-        default=False, metadata={"help": "Every example as a line of input_ids and labels."}
+        default=False,
+        metadata={
+            "help": "Print input_ids and labels of every conversation as a line of JSON, and "
+            "nothing else."
+        },
     )
 
 
@@ -34,13 +49,14 @@ if __name__ == "__main__":
     arguments = command_line().parse_args_into_dataclasses()  # before the imports, which take 8 s
 
 import json
+import math
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import date
+from io import StringIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -48,89 +64,138 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-from trl import pack_dataset
+from trl import SFTConfig, pack_dataset
 
-from finetune.arguments import parse_args
-from finetune.data.dataset import load_conversations, render_all
+from finetune.arguments import Config, parse_args
+from finetune.data.dataset import count_tokens, load_conversations, render_all, tokenize
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.task_file import TaskFile
 
-BAR = 40  # characters of the longest bar of the histogram
+BAR_COLUMNS = 40  # the longest bar of the histogram
+SVG_COLUMNS = 100
 
 
 def main(args: PreviewArguments, data_args: DataArguments) -> None:
     check_data_arguments(data_args)
+    task = TaskFile.read(Path(args.task)) if args.task else None
+    config = task_config(task, data_args) if task else None
+    data_args = config.data if config else data_args
     if not data_args.conversation_start_date:
         data_args = replace(data_args, conversation_start_date=date.today().isoformat())
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr):  # so that --json prints JSON alone
         rows = load_conversations(args.dataset)
         tokenizer = load_tokenizer(args.tokenizer)
         tokens = render_all(rows, tokenizer, data_args)
+    shown = tokens.select(range(min(args.num_examples, len(tokens))))
+    if args.svg:
+        save_svg(Path(args.svg), shown, tokenizer)
     if args.json:
-        for row in tokens:
-            print(json.dumps({name: row[name] for name in ("input_ids", "labels")}))
+        print_json(tokens)
         return
     console = Console(highlight=False, soft_wrap=True)
-    for number, row in enumerate(tokens.select(range(min(args.num_examples, len(tokens))))):
-        show_example(console, number + 1, row, tokenizer)
-    show_summary(console, rows, tokens, args.task)
-
-
-def show_example(
-    console: Console, number: int, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """The text of one conversation, what is in the loss in green."""
-    console.rule(f"{number}: {row['num_tokens']:,} tokens, {row['num_loss_tokens']:,} in the loss")
-    pairs = zip(row["input_ids"], row["labels"], strict=True)
-    for in_loss, run in groupby(pairs, key=lambda pair: pair[1] != -100):
-        text = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
-        console.print(Text(text, style="bold green" if in_loss else "dim"), end="")
-    console.print()
-
-
-def show_summary(console: Console, rows: Dataset, tokens: Dataset, task: str | None) -> None:
-    """Counts, a histogram of the lengths and, for a task, what its packing and batches make."""
-    lengths = tokens.data["num_tokens"].to_numpy()
-    learnt = tokens.data["num_loss_tokens"].to_numpy()
+    show_conversations(console, shown, tokenizer)
+    console.print(histogram(tokens.data["num_tokens"].to_numpy()))
+    summary = dataset_summary(rows, tokens)
+    if task and config:
+        with redirect_stdout(sys.stderr):
+            kept = tokenize(rows, tokenizer, data_args, max_length=config.training.max_length)
+        num_left_out = len(rows) - len(kept)
+        summary += epoch_summary(kept, config.training, task.num_gpus, num_left_out=num_left_out)
     table = Table(show_header=False)
-    table.add_row("recognised as", ", ".join(rows.unique("shape")))
-    table.add_row("conversations", f"{len(rows):,}")
-    table.add_row("tokens", f"{lengths.sum():,}")
-    table.add_row("in the loss", f"{learnt.sum() / lengths.sum():.1%}")
-    for row in epoch(tokens, lengths, task) if task else ():
-        table.add_row(*row)
-    console.print(histogram(lengths), table)
+    for name, value in summary:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def task_config(task: TaskFile, data_args: DataArguments) -> Config:
+    """The flags of a task file. The data flags given to the preview itself take precedence."""
+    given = [
+        f"--{flag.name}={getattr(data_args, flag.name)}"
+        for flag in fields(data_args)
+        if getattr(data_args, flag.name) != flag.default
+    ]
+    # Without --use_cpu SFTConfig refuses bf16 on a machine that has no GPU.
+    return parse_args([*task.flags, *given, "--use_cpu=true"])
+
+
+def print_json(tokens: Dataset) -> None:
+    for row in tokens:
+        print(json.dumps({name: row[name] for name in ("input_ids", "labels")}))
+
+
+def show_conversations(
+    console: Console, tokens: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """The text of each conversation: green where it is in the loss, dim where it is not."""
+    for number, row in enumerate(tokens, start=1):
+        counts = f"{row['num_tokens']:,} tokens, {row['num_loss_tokens']:,} in the loss"
+        console.rule(f"{number}: {counts}")
+        text = Text()
+        pairs = zip(row["input_ids"], row["labels"], strict=True)
+        for in_loss, group in groupby(pairs, key=lambda pair: pair[1] != -100):
+            ids = [token for token, _ in group]
+            style = "bold green" if in_loss else "dim"
+            text.append(tokenizer.decode(ids, skip_special_tokens=False), style)
+        console.print(text)
+
+
+def save_svg(path: Path, tokens: Dataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Save the conversations as a picture. Raises UserError if the file cannot be written."""
+    console = Console(record=True, width=SVG_COLUMNS, file=StringIO(), highlight=False)
+    show_conversations(console, tokens, tokenizer)
+    try:
+        console.save_svg(str(path), title="preview.py: green is in the loss")
+    except OSError as error:
+        raise UserError(f"--svg {path} cannot be written: {error.strerror}") from error
 
 
 def histogram(lengths: np.ndarray) -> Table:
-    """How many conversations have a length up to each power of two."""
+    """How many conversations have a length up to each power of two, from 16 on."""
     edges = 2 ** np.arange(4, np.ceil(np.log2(max(lengths.max(), 32))) + 1).astype(int)
     counts = np.bincount(np.searchsorted(edges, lengths), minlength=len(edges))
     table = Table("tokens, up to", "conversations", "", box=None)
     for edge, count in zip(edges, counts, strict=True):
         if count or edge >= lengths.min():
-            table.add_row(f"{edge:,}", f"{count:,}", "█" * round(BAR * count / counts.max()))
+            bar = "█" * round(BAR_COLUMNS * count / counts.max())
+            table.add_row(f"{edge:,}", f"{count:,}", bar)
     return table
 
 
-def epoch(tokens: Dataset, lengths: np.ndarray, task: str) -> list[tuple[str, str]]:
-    """What an epoch of the recipe comes to."""
-    recipe = TaskFile.read(Path(task))
-    config = parse_args([*recipe.flags, "--use_cpu=true"]).training
-    max_length = config.max_length or int(lengths.max())
-    sequences = (
-        config.per_device_train_batch_size * config.gradient_accumulation_steps * recipe.num_gpus
-    )
-    fitting = tokens.select(np.flatnonzero(lengths <= max_length))
-    if len(fitting) == 0:
-        raise UserError(f"every conversation is longer than {task}'s --max_length {max_length}")
-    packed = pack_dataset(fitting.select_columns(["input_ids", "labels"]), max_length, "bfd")
-    num_tokens = int(lengths[lengths <= max_length].sum())
+def dataset_summary(rows: Dataset, tokens: Dataset) -> list[tuple[str, str]]:
+    """(name, value) of what the whole dataset comes to."""
+    num_tokens = tokens.data["num_tokens"].to_numpy().sum()
+    num_loss_tokens = tokens.data["num_loss_tokens"].to_numpy().sum()
     return [
-        (f"longer than --max_length {max_length:,}", f"{len(tokens) - len(fitting):,} left out"),
-        ("packed sequences", f"{len(packed):,}, {num_tokens / len(packed) / max_length:.1%} full"),
-        ("steps an epoch", f"{-(-len(packed) // sequences):,} of {sequences} sequences"),
+        ("recognised as", ", ".join(rows.unique("shape"))),
+        ("conversations", f"{len(rows):,}"),
+        ("tokens", f"{num_tokens:,}"),
+        ("in the loss", f"{num_loss_tokens / num_tokens:.1%}"),
+    ]
+
+
+def epoch_summary(
+    kept: Dataset, training_args: SFTConfig, num_gpus: int, *, num_left_out: int
+) -> list[tuple[str, str]]:
+    """(name, value) of what an epoch of the task comes to. kept: what it trains on."""
+    max_length = training_args.max_length
+    num_tokens = count_tokens(kept)
+    limit = f"{max_length:,}" if max_length else "none"
+    summary = [(f"left out (--max_length {limit})", f"{num_left_out:,} conversations")]
+    sequences = kept
+    if training_args.packing and max_length:
+        sequences = pack_dataset(kept, max_length, training_args.packing_strategy)
+        fill = num_tokens / len(sequences) / max_length
+        summary.append(("packed sequences", f"{len(sequences):,}, {fill:.1%} full"))
+    batch = (
+        training_args.per_device_train_batch_size
+        * training_args.gradient_accumulation_steps
+        * num_gpus
+    )
+    num_steps = math.ceil(len(sequences) / batch)
+    return [
+        *summary,
+        ("steps an epoch", f"{num_steps:,} of {batch} sequences"),
         ("tokens an epoch", f"{num_tokens:,}"),
     ]
 

@@ -1,21 +1,17 @@
 # ruff: noqa: E501
-"""Rows of every shape become the same conversation; those that are none are described."""
+"""Rows of every known shape become the same conversation."""
 
 from typing import Any
 
 import pytest
 
 from finetune.data.conversations import BadRow, shape_of, to_conversation
+from helpers.rows import ASSISTANT, CALL, RESULT, USER
 
-USER = {"role": "user", "content": "2+2?"}
-ASSISTANT = {"role": "assistant", "thinking": "Easy.", "content": "4"}
-CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
-CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-RESULT = {"role": "tool", "tool_call_id": "c1", "content": "4"}
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
 
 
-def said(row: dict[str, Any]) -> list[tuple[str, str, str | None]]:
+def turns_of(row: dict[str, Any]) -> list[tuple[str, str, str | None]]:
     messages = to_conversation(row)["messages"]
     return [(m["role"], m["content"], m.get("thinking")) for m in messages]
 
@@ -49,32 +45,45 @@ def said(row: dict[str, Any]) -> list[tuple[str, str, str | None]]:
         ("user, analysis and final", {"user": "2+2?", "analysis": "Easy.", "final": "4"}),
     ],
 )  # fmt: skip
-def test_every_shape_is_the_same_conversation(shape: str, row: dict[str, Any]) -> None:
+def test_every_shape_becomes_the_same_conversation(shape: str, row: dict[str, Any]) -> None:
     assert shape_of(row) == shape
-    assert said(row) == [("user", "2+2?", None), ("assistant", "4", "Easy.")]
+    assert turns_of(row) == [("user", "2+2?", None), ("assistant", "4", "Easy.")]
 
 
-def test_a_shape_needs_values_not_only_columns() -> None:
-    row = {"messages": None, "prompt": "2+2?", "completion": "4"}
-    assert said(row) == [("user", "2+2?", None), ("assistant", "4", None)]
+def test_plain_text_stays_text() -> None:
     assert to_conversation({"text": "Once upon a time"}) == {"text": "Once upon a time"}
 
 
-def test_columns_that_instruct() -> None:
-    alpaca = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
-    assert said(alpaca)[:2] == [("developer", "Be brief.", None), ("user", "Add.\n\n2, 2", None)]
-    columns = {
-        "reasoning_language": "Dutch",
-        "developer": "Be brief.",
-        "user": "2+2?",
-        "final": "4",
-    }
-    assert said(columns)[0][1] == "reasoning language: Dutch\n\nBe brief."
+def test_a_row_of_no_known_shape_is_refused() -> None:
+    with pytest.raises(BadRow, match="the columns question are of no known shape"):
+        to_conversation({"question": "2+2?"})
+
+
+def test_a_column_that_is_null_does_not_count_for_the_shape() -> None:
+    row = {"messages": None, "prompt": "2+2?", "completion": "4"}
+    assert turns_of(row) == [("user", "2+2?", None), ("assistant", "4", None)]
+
+
+def test_alpacas_system_and_input_columns_are_used() -> None:
+    row = {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "Be brief."}
+    assert turns_of(row)[:2] == [("developer", "Be brief.", None), ("user", "Add.\n\n2, 2", None)]
+
+
+def test_the_reasoning_language_is_put_before_the_developers_text() -> None:
+    row = {"reasoning_language": "Dutch", "developer": "Be brief.", "user": "2+2?", "final": "4"}
+    assert turns_of(row)[0][1] == "reasoning language: Dutch\n\nBe brief."
+
+
+def test_a_system_column_is_used_unless_the_messages_have_instructions() -> None:
     turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
-    assert said({"conversations": turns, "system": "Be brief."})[0][:2] == ("system", "Be brief.")
+    row = {"conversations": turns, "system": "Be brief."}
+    assert turns_of(row)[0][:2] == ("system", "Be brief.")
+    own = {"role": "developer", "content": "Be thorough."}
+    row = {"messages": [own, USER, ASSISTANT], "system": "Be brief."}
+    assert [content for _, content, _ in turns_of(row)] == ["Be thorough.", "2+2?", "4"]
 
 
-def test_what_is_not_to_be_learnt() -> None:
+def test_prompts_and_messages_of_weight_0_are_marked_as_not_in_the_loss() -> None:
     earlier = [USER, ASSISTANT, {"role": "user", "content": "And 3+3?"}]
     messages = to_conversation({"prompt": earlier, "completion": "6"})["messages"]
     assert [m.get("in_loss", True) for m in messages] == [False, False, False, True]
@@ -82,27 +91,28 @@ def test_what_is_not_to_be_learnt() -> None:
     assert messages[1]["in_loss"] is False
 
 
-def test_tools_calls_and_results() -> None:
-    flat_call = {"name": "functions.add", "arguments": {"a": 2}}
-    for calls in ([CALL], [flat_call]):
-        turns = [USER, {"role": "assistant", "tool_calls": calls}, RESULT, ASSISTANT]
-        conversation = to_conversation({"messages": turns, "tools": [ADD]})
-        assert conversation["messages"][1]["tool_calls"] == [
-            {"name": "add", "arguments": '{"a": 2}'}
-        ]
-        assert conversation["messages"][2]["name"] == "add"
-        assert conversation["tools"][0]["parameters"] == {"type": "object"}
-    sharegpt = [
+@pytest.mark.parametrize("call", [CALL, {"name": "functions.add", "arguments": {}}])
+def test_tool_calls_are_read_with_and_without_openais_function_object(call: object) -> None:
+    turns = [USER, {"role": "assistant", "tool_calls": [call]}, RESULT, ASSISTANT]
+    conversation = to_conversation({"messages": turns, "tools": [ADD]})
+    assert conversation["messages"][1]["tool_calls"] == [{"name": "add", "arguments": "{}"}]
+    assert conversation["messages"][2]["name"] == "add"
+    assert conversation["tools"][0]["parameters"] == {"type": "object"}
+
+
+def test_sharegpts_function_calls_become_tool_calls() -> None:
+    turns = [
         {"from": "human", "value": "2+2?"},
         {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "4"},
     ]
-    messages = to_conversation({"conversations": sharegpt})["messages"]
+    messages = to_conversation({"conversations": turns})["messages"]
     assert messages[1]["tool_calls"] == [{"name": "add", "arguments": '{"a": 2}'}]
+    assert messages[2]["name"] == "add"
 
 
-def test_results_are_those_of_the_calls_they_answer() -> None:
+def test_a_result_is_named_after_the_call_whose_id_it_has() -> None:
     calls = [{"id": name, "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
     results = [{"role": "tool", "tool_call_id": name, "content": name} for name in ("b", "a")]
     turns = [USER, {"role": "assistant", "tool_calls": calls}, *results, ASSISTANT]
@@ -113,52 +123,9 @@ def test_results_are_those_of_the_calls_they_answer() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("row", "problem"),
-    [
-        ({"question": "2+2?"}, "the columns question are of no known shape"),
-        ({"messages": []}, "no list of objects with `role`"),
-        ({"messages": "hello"}, "no list of objects"),
-        ({"messages": ["hello"]}, "no list of objects"),
-        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0] has the role 'robot'"),
-        ({"messages": [{"content": "x"}]}, "messages[0] has the role None"),
-        ({"messages": [{**USER, "content": 7}, ASSISTANT]}, "messages[0] has the number 7 as"),
-        ({"messages": [{**USER, "content": {"a": 1}}, ASSISTANT]}, "messages[0] has an object as"),
-        ({"messages": [{**USER, "content": None}, ASSISTANT]}, "messages[0] has empty `content`"),
-        ({"messages": [{**USER, "content": " \n"}, ASSISTANT]}, "messages[0] has empty `content`"),
-        ({"messages": [USER, {**ASSISTANT, "content": ""}]}, "messages[1] has empty `content`"),
-        ({"messages": [USER, {**ASSISTANT, "thinking": 7}]}, "the number 7 as `thinking`"),
-        ({"messages": [USER]}, "no assistant message, so nothing to learn"),
-        ({"messages": [USER, ASSISTANT, USER]}, "messages[2]: the last message is not the assistant's"),
-        ({"messages": [USER, USER, ASSISTANT]}, "messages[1]: two user messages in a row"),
-        ({"messages": [ASSISTANT]}, "messages[0]: the assistant speaks before a user has"),
-        (
-            {"messages": [USER, {"role": "system", "content": "x"}, ASSISTANT]},
-            "messages[1]: a system message after the conversation has begun",
-        ),
-        ({"messages": [USER, RESULT, ASSISTANT]}, "messages[1]: a tool's result, but no call"),
-        ({"messages": [USER, CALLING, RESULT, RESULT, ASSISTANT]}, "messages[3]: a tool's result"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "tool_calls[0] has no function `name`"),
-        ({"messages": [{**USER, "tool_calls": [CALL]}, ASSISTANT]}, "only the assistant calls tools"),
-        ({"messages": [USER, ASSISTANT], "tools": [{}]}, "tools[0] has no `name`"),
-        ({"messages": [USER, ASSISTANT], "reasoning_effort": "most"}, "not one of low, medium, high"),
-        ({"messages": [{**USER, "content": "\ud800"}, ASSISTANT]}, "half a surrogate pair"),
-        ({"conversations": [{"from": "human", "value": 7}]}, "conversations[0] has the number 7"),
-        ({"instruction": 7, "output": "4"}, "instruction has the number 7"),
-        ({"instruction": "2+2?", "output": " "}, "output has empty `content`"),
-        ({"prompt": "2+2?", "completion": True}, "completion[0] has true or false"),
-        ({"text": 7}, "`text` is the number 7"),
-        ({"text": "<|start|>system<|message|>"}, "`text` is rendered already"),
-    ],
-)  # fmt: skip
-def test_what_is_no_conversation_is_described(row: dict[str, Any], problem: str) -> None:
-    with pytest.raises(BadRow) as error:
-        to_conversation(row)
-    assert any(problem in text for text in error.value.args), error.value.args
-
-
-def test_every_problem_of_a_row_is_named() -> None:
-    row = {"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": ""}]}
-    with pytest.raises(BadRow) as error:
-        to_conversation(row)
-    assert len(error.value.args) == 2
+def test_results_without_ids_are_named_by_themselves_or_after_the_calls_in_order() -> None:
+    calls = [{"name": name, "arguments": {}} for name in ("a", "b")]
+    results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2", "name": "c"}]
+    turns = [USER, {"role": "assistant", "tool_calls": calls}, *results, ASSISTANT]
+    messages = to_conversation({"messages": turns})["messages"]
+    assert [m["name"] for m in messages if m["role"] == "tool"] == ["a", "c"]

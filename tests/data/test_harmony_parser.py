@@ -1,13 +1,14 @@
-"""Harmony read back: valid turns and broken ones, beside openai-harmony's own parser."""
+"""Turns are read back from token ids; what is valid here is valid to openai-harmony's parser."""
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai_harmony import HarmonyEncoding, HarmonyError, Role
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.harmony import CONTROL_TOKENS, Encoder, Piece, to_messages, to_pieces
 from finetune.data.harmony_parser import ChannelReader
+from helpers.harmony_strategies import SLOW
 from helpers.paths import CONVERSATIONS
 from tiny_gpt_oss import conversation_texts, make_tokenizer
 
@@ -32,7 +33,7 @@ BAD = {
     THOUGHT + "<|channel|>answer<|message|>4<|return|>": "no channel 'answer'",
     "<|channel|>final<|channel|>final<|message|>4<|return|>": "made of",
     "<|channel|>analysis<|message|>Easy.<|channel|>final<|message|>4<|return|>": "made of",
-    "<|channel|>analysis<|message|>Easy.<|start|>assistant" + ANSWER: "begins in another",
+    "<|channel|>analysis<|message|>Easy.<|start|>assistant" + ANSWER: "begins inside another",
     "<|channel|>analysis<|message|>Easy.<|end|><|start|>user" + ANSWER: "malformed",
     "<|channel|>analysis<|message|>Easy.<|end|> So<|start|>assistant" + ANSWER: "outside",
     ANSWER + "<|start|>assistant" + ANSWER: "goes on after its end",
@@ -49,7 +50,7 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_valid_turns(tiny: PreTrainedTokenizerBase) -> None:
+def test_valid_turns_have_no_problem(tiny: PreTrainedTokenizerBase) -> None:
     reader = ChannelReader(tiny)
     for text in GOOD:
         assert reader.read(ids_of(text, tiny), has_tools=False).problem is None, text
@@ -59,23 +60,23 @@ def test_valid_turns(tiny: PreTrainedTokenizerBase) -> None:
             reader.read(ids_of(text, tiny), has_tools=False).problem
         )
     turn = reader.read(ids_of(THOUGHT + ANSWER, tiny), has_tools=False)
-    assert turn.said == [("analysis", "Easy."), ("final", "4")]
+    assert turn.texts == [("analysis", "Easy."), ("final", "4")]
     assert turn.text("analysis") == "Easy." and turn.text("commentary") == ""
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_broken_turns(text: str, tiny: PreTrainedTokenizerBase) -> None:
+def test_broken_turns_have_a_problem(text: str, tiny: PreTrainedTokenizerBase) -> None:
     turn = ChannelReader(tiny).read(ids_of(text, tiny), has_tools=False)
     assert turn.problem is not None and BAD[text] in turn.problem
 
 
-def test_what_was_said_is_read_from_a_turn_that_was_cut(tiny: PreTrainedTokenizerBase) -> None:
+def test_a_turn_that_was_cut_keeps_its_text_so_far(tiny: PreTrainedTokenizerBase) -> None:
     cut = ids_of("<|channel|>analysis<|message|>Facile, ce", tiny)
     assert ChannelReader(tiny).read(cut, has_tools=False).text("analysis") == "Facile, ce"
 
 
-def test_the_channel_of_every_token(tiny: PreTrainedTokenizerBase) -> None:
-    """Named where the pieces are made, found again in the ids."""
+def test_every_token_has_the_channel_of_its_message(tiny: PreTrainedTokenizerBase) -> None:
+    """Expected are the channels of the messages that the ids were made from."""
     turns = [
         {"role": "user", "content": "2+2? <|channel|>final<|message|>5"},
         {
@@ -112,19 +113,21 @@ tokens = st.sampled_from([*CONTROL_TOKENS, "assistant", "analysis", "final", " H
 turns = st.one_of(st.sampled_from([*GOOD, *CALLS]), st.lists(tokens, max_size=12).map("".join))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(SLOW, max_examples=200)
 @given(text=turns, drop=st.integers(0, 30), insert=st.tuples(st.integers(0, 30), tokens))
-def test_what_is_valid_here_is_so_for_openai(
+def test_a_turn_that_is_valid_here_is_parsed_alike_by_openai_harmony(
     text: str,
     drop: int,
     insert: tuple[int, str],
     openai: HarmonyEncoding,
     real: ChannelReader,
 ) -> None:
-    """Whole turns, with a token missing, and with one too many, in the real vocabulary."""
-    whole = ids_of(text, real.tokenizer)
-    longer = [*whole[: insert[0]], *ids_of(insert[1], real.tokenizer), *whole[insert[0] :]]
-    for ids in (whole, whole[:drop] + whole[drop + 1 :], longer):
+    """Complete turns, turns with a token missing, and with one too many."""
+    complete = ids_of(text, real.tokenizer)
+    shorter = complete[:drop] + complete[drop + 1 :]
+    position, token = insert
+    longer = [*complete[:position], *ids_of(token, real.tokenizer), *complete[position:]]
+    for ids in (complete, shorter, longer):
         turn = real.read(ids, has_tools=True)
         try:
             parsed = openai.parse_messages_from_completion_tokens(ids, Role.ASSISTANT)
@@ -132,5 +135,5 @@ def test_what_is_valid_here_is_so_for_openai(
             assert turn.problem is not None
             continue
         if turn.problem is None:
-            said = [(message.channel, message.content[0].text) for message in parsed]
-            assert said == turn.said
+            theirs = [(message.channel, message.content[0].text) for message in parsed]
+            assert theirs == turn.texts

@@ -1,4 +1,4 @@
-"""Files of every format, compressed or not, near or far, read row by row with their places."""
+"""Files of every format, compressed or not, local or remote, are read row by row."""
 
 import bz2
 import functools
@@ -26,7 +26,7 @@ ROW = {"prompt": "2+2?", "completion": "4"}
 LINE = json.dumps(ROW).encode()
 
 
-def test_sources_with_weights() -> None:
+def test_sources_are_parsed_with_their_weights() -> None:
     assert parse_sources("a.jsonl*2, s3://b/c.parquet ,org/name:de@train[:9]*0.5") == [
         Source("a.jsonl", 2.0),
         Source("s3://b/c.parquet"),
@@ -37,7 +37,7 @@ def test_sources_with_weights() -> None:
             parse_sources(wrong)
 
 
-def test_files_are_told_from_names_on_the_hub(
+def test_files_are_distinguished_from_hub_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -62,13 +62,13 @@ FORMATS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_format(name: str, tmp_path: Path) -> None:
+def test_every_format_gives_the_same_rows(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     FORMATS[name](file)
     assert [row for _, row in read_file(str(file))] == [ROW, ROW]
 
 
-def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
+def test_a_folder_gives_all_files_of_a_known_format(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "rows.csv"):
         FORMATS[name](tmp_path / name)
     (tmp_path / "README.md").write_text("not data")
@@ -76,7 +76,7 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     assert names == ["rows.csv", "rows.jsonl"]
 
 
-def test_a_pattern_is_the_files_that_match(tmp_path: Path) -> None:
+def test_a_pattern_gives_the_files_that_match(tmp_path: Path) -> None:
     for name in ("rows.jsonl", "rows.jsonl.gz", "rows.csv"):
         FORMATS[name](tmp_path / name)
     for pattern, names in {
@@ -93,7 +93,7 @@ def test_a_pattern_is_the_files_that_match(tmp_path: Path) -> None:
         find_files(f"{tmp_path}/*.parquet")
 
 
-def test_a_changed_file_has_another_key(tmp_path: Path) -> None:
+def test_the_key_of_a_file_changes_with_its_content(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(LINE)
     ((_, before),) = find_files(str(file))
@@ -102,7 +102,7 @@ def test_a_changed_file_has_another_key(tmp_path: Path) -> None:
     assert before != after
 
 
-def test_over_https(tmp_path: Path) -> None:
+def test_a_file_is_read_over_http(tmp_path: Path) -> None:
     FORMATS["rows.jsonl.gz"](tmp_path / "rows.jsonl.gz")
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -117,7 +117,7 @@ def test_over_https(tmp_path: Path) -> None:
 
 @pytest.fixture
 def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A real S3 server's URL of a bucket."""
+    """The URL of a bucket on a local S3 server (moto)."""
     server = REPO / ".venv/sky/bin/moto_server"
     if not server.exists():
         pytest.skip("no moto_server: make sky")
@@ -139,7 +139,7 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         process.kill()
 
 
-def test_from_a_bucket(s3: str, tmp_path: Path) -> None:
+def test_a_folder_is_read_from_a_bucket(s3: str, tmp_path: Path) -> None:
     for name in ("rows.jsonl.gz", "rows.parquet"):
         FORMATS[name](tmp_path / name)
         fsspec.filesystem("s3").put(str(tmp_path / name), f"{s3}/folder/{name}")
@@ -150,10 +150,10 @@ def test_from_a_bucket(s3: str, tmp_path: Path) -> None:
         find_files(f"{s3}/missing.jsonl")
 
 
-def test_places_are_lines(tmp_path: Path) -> None:
+def test_rows_are_numbered_by_line_and_blank_lines_count(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b"\n".join([LINE, b"", b"{broken", LINE]))
-    assert [place for place, _ in read_file(str(file))] == [1, 3, 4]
+    assert [number for number, _ in read_file(str(file))] == [1, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -164,40 +164,42 @@ def test_places_are_lines(tmp_path: Path) -> None:
         (b"[1]", "a list, not an object"),
         (b'"hello"', "the text 'hello', not an object"),
         (b"null", "a NoneType, not an object"),
-        (b'{"a": {"role": 1, "role": 2}}', "the key 'role' stands twice in one object"),
+        (b'{"a": {"role": 1, "role": 2}}', "the key 'role' appears twice in one object"),
         (b"[" * 100_000, "nested too deep"),
     ],
 )
-def test_a_line_that_holds_no_row(line: bytes, problem: str, tmp_path: Path) -> None:
+def test_a_line_that_holds_no_row_is_described_and_skipped(
+    line: bytes, problem: str, tmp_path: Path
+) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(LINE + b"\n" + line + b"\n" + LINE)
-    (_, first), (place, said), (_, last) = read_file(str(file))
-    assert first == last == ROW and place == 2
-    assert problem in str(said)
+    (_, first), (number, description), (_, last) = read_file(str(file))
+    assert first == last == ROW and number == 2
+    assert problem in str(description)
 
 
-def test_a_line_without_end(tmp_path: Path) -> None:
-    """Read in pieces, so that a line of gigabytes does not fill the memory."""
+def test_a_line_over_64_mib_is_described_and_skipped(tmp_path: Path) -> None:
+    """Such a line is read in pieces, because a line of gigabytes would fill the memory."""
     file = tmp_path / "rows.jsonl"
     with file.open("wb") as stream:
         stream.write(LINE + b"\n")
-        stream.truncate(3 * sources.MAX_LINE)
+        stream.truncate(3 * sources.MAX_LINE_BYTES)
         stream.seek(0, 2)
         stream.write(b"\n" + LINE)
-    (_, first), (place, said), (_, last) = read_file(str(file))
-    assert first == last == ROW and place == 2
-    assert "longer than 64 MiB" in str(said)
+    (_, first), (number, description), (_, last) = read_file(str(file))
+    assert first == last == ROW and number == 2
+    assert "longer than 64 MiB" in str(description)
 
 
-def test_bad_csv(tmp_path: Path) -> None:
+def test_bad_lines_of_csv_are_described(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b"prompt,completion\n2+2?,4\n2+2?\n2+2?,4,5\n\xff,4\n")
-    said = {place: row for place, row in read_file(str(file)) if isinstance(row, str)}
+    problems = {number: row for number, row in read_file(str(file)) if isinstance(row, str)}
     fields = "more or fewer fields than the first line has columns"
-    assert said == {3: fields, 4: fields, 5: "not UTF-8"}
+    assert problems == {3: fields, 4: fields, 5: "not UTF-8"}
 
 
-def test_sources_that_hold_nothing(tmp_path: Path) -> None:
+def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         find_files(str(tmp_path / "missing.jsonl"))
     (tmp_path / "folder").mkdir()

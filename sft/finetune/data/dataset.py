@@ -1,4 +1,4 @@
-"""Conversations in, tokens with labels out; `sft/preview.py` shows what comes of a dataset."""
+"""From --dataset_name to tokens with labels. `sft/preview.py` shows the result for a dataset."""
 
 import json
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from trl import ScriptArguments, SFTConfig
 
 from finetune.data.checks import EXAMPLE, Row
 from finetune.data.conversations import SHAPES, BadRow, shape_of, to_conversation
-from finetune.data.harmony import Encoder, document_pieces, to_messages, to_pieces
+from finetune.data.harmony import Encoder, Piece, document_pieces, to_messages, to_pieces
 from finetune.data.options import DataArguments
 from finetune.data.sources import (
     Source,
@@ -27,7 +27,7 @@ from finetune.data.sources import (
 )
 from finetune.errors import UserError
 
-MAX_PROBLEMS = 20
+MAX_PROBLEMS = 20  # how many problems of a dataset an error lists
 
 
 def load_datasets(
@@ -36,33 +36,35 @@ def load_datasets(
     data_args: DataArguments,
     tokenizer: PreTrainedTokenizerBase,
 ) -> tuple[Dataset, Dataset | None]:
-    """What to train on and, where the flags ask for evaluation, what to evaluate on.
+    """The rows to train on, and those to evaluate on (None without --eval_strategy).
 
     Each row has `input_ids` and `labels` (-100 = not in the loss). The node's first process reads
-    and tokenises, the others read its cache. Raises UserError for whatever a user can mend.
+    and tokenises; the others then read its cache. Raises UserError for whatever a user can fix.
     """
     if not PartialState().is_local_main_process:
         disable_progress_bars()
     with PartialState().local_main_process_first():
-        rows, held_out = load_parts(
+        train, held_out = load_splits(
             script_args,
             eval_strategy=training_args.eval_strategy,
             test_split_size=data_args.test_split_size,
             seed=training_args.seed,
         )
         max_length = training_args.max_length
-        tokens = [
-            tokenize(part, tokenizer, data_args, max_length=max_length)
-            for part in (rows, held_out)
-            if part is not None
-        ]
-    return tokens[0], tokens[1] if held_out is not None else None
+        train_tokens = tokenize(train, tokenizer, data_args, max_length=max_length)
+        if held_out is None:
+            return train_tokens, None
+        return train_tokens, tokenize(held_out, tokenizer, data_args, max_length=max_length)
 
 
-def load_parts(
+def load_splits(
     script_args: ScriptArguments, *, eval_strategy: str, test_split_size: float, seed: int
 ) -> tuple[Dataset, Dataset | None]:
-    """The conversations to train on, and those held out: a share of them, or a split of its own."""
+    """The conversations to train on, and those held out (None if eval_strategy is "no").
+
+    Held out are a random share of the conversations, or else the dataset's own test split. The
+    same arguments give the same split, so that evaluate.py finds what a run has not seen.
+    """
     name, config = script_args.dataset_name, script_args.dataset_config
     rows = load_conversations(name, config=config, split=script_args.dataset_train_split)
     if eval_strategy == "no":
@@ -74,22 +76,26 @@ def load_parts(
 
 
 def load_conversations(text: str, *, config: str | None = None, split: str = "train") -> Dataset:
-    """Every conversation of the sources in `text`, as JSON in the column `conversation`.
+    """All conversations of the sources in `text`, as JSON in the column `conversation`.
 
-    Raises UserError, naming up to 20 bad rows by file and line.
+    The column `shape` has the name of the shape that the row was in. Raises UserError with the
+    file, the line and the problem of up to MAX_PROBLEMS bad rows.
     """
     sources = parse_sources(text)
-    parts = [weighted(load_source(source, config, split), source.weight) for source in sources]
-    return concatenate_datasets(parts)
+    return concatenate_datasets(
+        [repeat(load_source(source, config, split), source.weight) for source in sources]
+    )
 
 
 def load_source(source: Source, config: str | None, split: str) -> Dataset:
+    """The conversations of one source, from the cache if it has not changed."""
     if is_file(source.name):
         if split != "train":
             raise UserError(
-                f"{source.name!r} has no split {split!r} to evaluate on: hold a share of it out "
+                f"{source.name!r} has no split {split!r} to evaluate on: hold out a share of it "
                 "with --test_split_size 0.02"
             )
+        # These arguments are the key of the cache, so a changed file is read again.
         kwargs: dict[str, Any] = {"name": source.name, "files": find_files(source.name)}
     else:
         kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
@@ -105,18 +111,21 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
         ) from error
 
 
-def weighted(dataset: Dataset, weight: float) -> Dataset:
-    """Every row floor(weight) times, and a random share of them once more."""
-    whole, share = int(weight), weight - int(weight)
-    some = np.random.default_rng(0).permutation(len(dataset))[: round(share * len(dataset))]
-    parts = [dataset] * whole + ([dataset.select(np.sort(some))] if len(some) else [])
+def repeat(dataset: Dataset, weight: float) -> Dataset:
+    """Every row floor(weight) times, and a random share of the rows once more."""
+    times, share = int(weight), weight - int(weight)
+    # The seed is fixed: every launch of a run must train on the same rows.
+    chosen = np.random.default_rng(0).permutation(len(dataset))[: round(share * len(dataset))]
+    parts = [dataset] * times
+    if len(chosen):
+        parts.append(dataset.select(np.sort(chosen)))
     return concatenate_datasets(parts) if parts else dataset.select([])
 
 
 def conversations_of(
     name: str, files: list[tuple[str, str]] | None = None, hub: Dataset | None = None
 ) -> Iterator[Row]:
-    """Every row as the conversation it holds. Raises UserError with the rows that hold none."""
+    """Yield the conversation of every row. Raises UserError at the end if there were bad rows."""
     problems: list[str] = []
     num_rows = num_problems = 0
     for where, row in rows_of(name, files, hub):
@@ -135,23 +144,23 @@ def conversations_of(
     if num_rows == 0:
         raise UserError(f"dataset {name!r} is empty: it needs at least one conversation")
     if problems:
-        more = num_problems - len(problems)
-        raise UserError(
-            "\n".join(
-                [
-                    f"dataset {name!r} has {num_problems} problem{'s'[: num_problems > 1]}:",
-                    *problems,
-                    *([f"and {more} more"] if more else []),
-                    f"a row looks like {EXAMPLE}, or has the columns of {', '.join(SHAPES)}",
-                ]
-            )
-        )
+        raise bad_rows_error(name, problems, num_problems)
+
+
+def bad_rows_error(name: str, problems: list[str], num_problems: int) -> UserError:
+    """The error for a dataset with bad rows. problems: those to list, of num_problems in all."""
+    count = "1 problem" if num_problems == 1 else f"{num_problems} problems"
+    lines = [f"dataset {name!r} has {count}:", *problems]
+    if num_problems > len(problems):
+        lines.append(f"and {num_problems - len(problems)} more")
+    lines.append(f"a row looks like {EXAMPLE}, or has the columns of {', '.join(SHAPES)}")
+    return UserError("\n".join(lines))
 
 
 def rows_of(
     name: str, files: list[tuple[str, str]] | None, hub: Dataset | None
 ) -> Iterator[tuple[str, Row | str]]:
-    """(file and line, row) of every row of a source, in order."""
+    """Yield (file and line, row) for every row of a source; see read_file for what a row can be."""
     for url, _ in files or []:
         path = url.removeprefix("file://")
         for number, row in read_file(url):
@@ -161,28 +170,33 @@ def rows_of(
             yield f"{name}, row {number}", without_nulls(row)
 
 
-def render(
+def pieces_of(text: str, data_args: DataArguments) -> list[Piece]:
+    """The pieces of a conversation that load_conversations has written as JSON."""
+    conversation = json.loads(text)
+    if "text" in conversation:
+        return document_pieces(conversation["text"])
+    messages = to_messages(
+        conversation,
+        date=data_args.conversation_start_date,
+        reasoning_effort=data_args.reasoning_effort,
+    )
+    return to_pieces(messages, data_args.train_on, learn_no_thinking=data_args.learn_no_thinking)
+
+
+def render_batch(
     rows: dict[str, list[str]],
     *,
     encoder: Encoder,
     data_args: DataArguments,
     cut_at: int | None,
 ) -> dict[str, list[Any]]:
-    """A batch of conversations as `input_ids` and `labels`, both cut; num_tokens: before that."""
-    pieces = []
-    for text in rows["conversation"]:
-        conversation = json.loads(text)
-        if "text" in conversation:
-            pieces.append(document_pieces(conversation["text"]))
-            continue
-        messages = to_messages(
-            conversation,
-            date=data_args.conversation_start_date,
-            reasoning_effort=data_args.reasoning_effort,
-        )
-        train_on, learn_no_thinking = data_args.train_on, data_args.learn_no_thinking
-        pieces.append(to_pieces(messages, train_on, learn_no_thinking=learn_no_thinking))
-    input_ids, labels = encoder.encode(pieces)
+    """A batch of conversations as `input_ids` and `labels`, cut at `cut_at` tokens if it is set.
+
+    `num_tokens` is the length before the cut, `num_loss_tokens` counts after it.
+    """
+    input_ids, labels = encoder.encode(
+        [pieces_of(text, data_args) for text in rows["conversation"]]
+    )
     labels = [row[:cut_at] for row in labels]
     return {
         "input_ids": [row[:cut_at] for row in input_ids],
@@ -199,9 +213,9 @@ def render_all(
     *,
     cut_at: int | None = None,
 ) -> Dataset:
-    """Every row, in order, with the columns of `render`."""
+    """All conversations, in order, with the columns of render_batch."""
     return rows.map(
-        render,
+        render_batch,
         batched=True,
         fn_kwargs={"encoder": Encoder(tokenizer), "data_args": data_args, "cut_at": cut_at},
         remove_columns=rows.column_names,
@@ -216,10 +230,10 @@ def tokenize(
     *,
     max_length: int | None,
 ) -> Dataset:
-    """The rows as `input_ids` and `labels`, without those that are longer than max_length tokens
-    (with --truncate true: cut there) or have nothing to learn; what was left out is printed.
+    """The conversations as `input_ids` and `labels`, without those that cannot be trained on.
 
-    Raises UserError if nothing is left.
+    Left out are conversations longer than max_length tokens (cut there with --truncate true) and
+    those with no token in the loss. Prints how many. Raises UserError if nothing is left.
     """
     tokens = render_all(
         rows, tokenizer, data_args, cut_at=max_length if data_args.truncate else None
@@ -229,28 +243,32 @@ def tokenize(
     is_empty = tokens.data["num_loss_tokens"].to_numpy() == 0
     is_kept = ~is_empty if data_args.truncate else ~(is_empty | is_long)
     shapes = ", ".join(rows.unique("shape"))
-    said = [
-        f"data: {len(rows)} conversations ({shapes}), {lengths.sum():,} tokens, half of them up to "
-        f"{int(np.median(lengths))} long, longest {lengths.max()}"
+    parts = [
+        f"data: {len(rows)} conversations ({shapes}), {lengths.sum():,} tokens, "
+        f"median length {int(np.median(lengths))}, longest {lengths.max()}"
     ]
     if is_long.any():
-        done = "cut" if data_args.truncate else "left out"
-        said.append(f"{is_long.sum()} longer than max_length={max_length} {done}")
+        action = "cut" if data_args.truncate else "left out"
+        parts.append(f"{is_long.sum()} longer than max_length={max_length} {action}")
     if (is_empty & ~is_long).any():
-        said.append(f"{(is_empty & ~is_long).sum()} without anything to learn left out")
-    PartialState().print("; ".join(said))
+        parts.append(f"{(is_empty & ~is_long).sum()} with no token in the loss left out")
+    PartialState().print("; ".join(parts))
     if not is_kept.any():
         raise UserError(
-            f"nothing is left to train on: of {len(rows)} conversations {is_long.sum()} are longer "
-            f"than max_length={max_length} (raise it, or cut them with --truncate true) and "
-            f"{is_empty.sum()} have nothing to learn"
+            f"nothing is left to train on: of {len(rows)} conversations, {is_long.sum()} are "
+            f"longer than max_length={max_length} (raise it, or cut them with --truncate true) "
+            f"and {is_empty.sum()} have no token in the loss"
         )
     kept = tokens if is_kept.all() else tokens.select(np.flatnonzero(is_kept))
     return kept.select_columns(["input_ids", "labels"])
 
 
-def mean_length(dataset: Dataset) -> float:
-    """Tokens of a row, from Arrow's offsets: no list is made of any row."""
+def count_tokens(dataset: Dataset) -> int:
+    """The tokens of all rows, from the offsets that Arrow keeps: no row becomes a Python list."""
     batches = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=1000)
-    num_tokens = sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
-    return num_tokens / len(dataset)
+    return sum(pc.sum(pc.list_value_length(batch["input_ids"])).as_py() for batch in batches)
+
+
+def mean_length(dataset: Dataset) -> float:
+    """Tokens per row."""
+    return count_tokens(dataset) / len(dataset)

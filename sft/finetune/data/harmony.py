@@ -1,38 +1,50 @@
-"""Conversations in OpenAI's harmony format, token for token, and which of the tokens are learnt.
+"""OpenAI's harmony format: conversations as tokens, and which of the tokens are in the loss.
 
-The format is that of openai-harmony 0.0.8, the renderer that vLLM serves gpt-oss with: a message is
-encoded piece by piece, control tokens by their ids, all else as text, so that a `<|start|>` that a
-user wrote stays text. Where the published checkpoints' chat template differs, the renderer wins:
+The reference is openai-harmony 0.0.8, the renderer with which vLLM serves gpt-oss. The tests
+compare the two token for token. A message is encoded piece by piece: control tokens become their
+ids, and everything else is encoded as text. A `<|start|>` that a user typed therefore stays text.
 
-    template                                          here, as openai-harmony renders it
-    a blank line ends the developer message           none
-    tools: some schemas as `any` or `object`          harmony's TypeScript (typescript.py)
-    tool calls: `json`, one a message                 `<|constrain|>json`, all of them
-    tool results, and arguments that are text: JSON   as they are
-    with a tool call, content counts as analysis      analysis, then content as a preamble
-    only the first message may instruct               every system or developer message does
+The chat template of the published checkpoints differs from the renderer. This module follows the
+renderer:
 
-vLLM (at commit 6a22fe6, harmony_utils.py) gives the renderer other messages than its default or
-OpenAI's documentation of the format has:
+    chat template                                     openai-harmony and this module
+    the developer message ends with a blank line      there is no blank line
+    some tool schemas become `any` or `object`        TypeScript for every schema (tool_schema.py)
+    a call's content type is `json`                   it is `<|constrain|>json`
+    only the first call of a message is rendered      all calls are
+    tool results are encoded as JSON                  they are inserted as they are
+    call arguments that are text are encoded as JSON  they are inserted as they are
+    content beside a tool call becomes analysis       it becomes a preamble on the commentary
+                                                      channel, after the analysis
+    only the first message can hold instructions      every system or developer message can
 
-    vLLM sends                                        here
-    no analysis before the last final message         the same, as the model reads just that. The
-                                                      renderer's default drops only what precedes
-                                                      the first (openai/harmony#96), which differs
-                                                      from a third user's turn on
-    earlier calls: `json` without `<|constrain|>`     with it: the model writes its calls itself,
-                                                      and vLLM calls this the official form
-    earlier calls: the preamble, then analysis        analysis first, as the model writes it
-    channels without `commentary` if without tools    all three, the renderer's default
+vLLM (at commit 6a22fe6, harmony_utils.py) does not always give the renderer the messages that the
+renderer's defaults or OpenAI's documentation of the format suggest:
 
-What is learnt is what the model writes when it is served. One thing is not: the header of a message
-whose turn has shown no analysis before it, whatever its channel. The data has none, or it was
-dropped with the turn's end; to learn ` to=functions.add` or `<|channel|>final` there is to learn
-not to think. Its content and its end are learnt, and with learn_no_thinking the header is too. A
-turn is all that the assistant says, with its tools' results, until a user speaks. Once it has shown
-analysis, it shows where the model thinks and where it goes on: there a preamble, a call or an
-answer without analysis of its own, directly or after a tool's result, is learnt whole. A turn that
-shows none says nothing of either, so none of its headers is.
+    vLLM                                              this module
+    drops all analysis before the last final message  does the same, because that is what the model
+                                                      reads. The renderer's default drops only the
+                                                      analysis before the first final message
+                                                      (openai/harmony#96), which makes a difference
+                                                      from the third user turn on
+    writes earlier calls with `json` alone            writes `<|constrain|>json`, as the model does
+                                                      itself; vLLM calls this the official form
+    puts an earlier preamble before its analysis      puts the analysis first, as the model does
+    without tools, leaves `commentary` out of the     always names all three channels, which is the
+    valid channels                                    renderer's default
+
+The tokens in the loss are those that the model writes when it is served, with one exception: the
+header of a message in a turn that has shown no analysis so far, whichever channel the message is
+on. A turn is everything the assistant writes, with the results of its tools, until the user speaks
+again. Either the data has no analysis for the turn, or it was dropped because the turn is over. To
+train on ` to=functions.add` or `<|channel|>final` there would teach the model to skip thinking. The
+content of such a message and the token that ends it are in the loss, its header is not. With
+learn_no_thinking the header is in the loss too.
+
+Once a turn has shown analysis, it shows where the model thinks and where it goes on without. From
+there on every message is in the loss with its header: a preamble, a call or an answer that has no
+analysis of its own, whether it comes directly after the analysis or after a tool's result. A turn
+without any analysis shows neither, so none of its headers is in the loss.
 """
 
 from dataclasses import dataclass
@@ -57,7 +69,10 @@ CONTROL_TOKENS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN, END_OF_
 
 
 class Piece(NamedTuple):
-    """What is encoded at once: a control token, or text in which control tokens are only text."""
+    """A part of a conversation that is encoded at once: a control token, or a stretch of text.
+
+    In a stretch of text the names of control tokens are ordinary text.
+    """
 
     text: str
     is_control: bool
@@ -66,14 +81,14 @@ class Piece(NamedTuple):
 
 @dataclass
 class Message:
-    """One message of harmony. author: a role, or a tool's `functions.NAME`."""
+    """One message of harmony. author: a role, or `functions.NAME` for a tool's result."""
 
     author: str
     content: str
     channel: str | None = None
     recipient: str | None = None
-    constrain: str | None = None  # the content's type
-    in_loss: bool = True  # if it is the assistant's
+    constrain: str | None = None  # the type of the content, `json` for the arguments of a call
+    in_loss: bool = True  # counts for the assistant's messages only
 
     @property
     def is_call(self) -> bool:
@@ -81,23 +96,23 @@ class Message:
 
 
 def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: str) -> list[Message]:
-    """The messages of a conversation as conversations.py gives it, the system's first.
+    """Turn a conversation, as conversations.py returns it, into harmony's messages.
 
-    date: that the model is told, as YYYY-MM-DD. reasoning_effort: unless the conversation has one.
+    date: the current date in the system message, as YYYY-MM-DD. reasoning_effort: used if the
+    conversation has none of its own.
     """
     tools = conversation.get("tools") or []
-    effort = conversation.get("reasoning_effort") or reasoning_effort
-    system = f"{IDENTITY}\nKnowledge cutoff: {KNOWLEDGE_CUTOFF}\nCurrent date: {date}\n\n"
-    system += f"Reasoning: {effort}\n\n{VALID_CHANNELS}" + (f"\n{CALLS_GO_TO}" if tools else "")
-    messages = [Message("system", system)]
     turns = conversation["messages"]
-    instructs = bool(turns) and turns[0]["role"] in ("system", "developer")
-    if tools and not instructs:
+    effort = conversation.get("reasoning_effort") or reasoning_effort
+    messages = [system_message(date=date, reasoning_effort=effort, has_tools=bool(tools))]
+    has_instructions = bool(turns) and turns[0]["role"] in ("system", "developer")
+    if tools and not has_instructions:
         messages.append(Message("developer", tools_section(tools)))
     for number, turn in enumerate(turns):
         if turn["role"] in ("system", "developer"):
             sections = ["# Instructions", turn["content"]]
-            sections += [tools_section(tools)] if tools and number == 0 else []
+            if tools and number == 0:
+                sections.append(tools_section(tools))
             messages.append(Message("developer", "\n\n".join(sections)))
         elif turn["role"] == "assistant":
             messages += assistant_messages(turn)
@@ -109,82 +124,108 @@ def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: st
     return drop_past_analysis(messages)
 
 
+def system_message(*, date: str, reasoning_effort: str, has_tools: bool) -> Message:
+    """Harmony's system message. What datasets call "system" goes into the developer message."""
+    text = (
+        f"{IDENTITY}\nKnowledge cutoff: {KNOWLEDGE_CUTOFF}\nCurrent date: {date}\n\n"
+        f"Reasoning: {reasoning_effort}\n\n{VALID_CHANNELS}"
+    )
+    return Message("system", f"{text}\n{CALLS_GO_TO}" if has_tools else text)
+
+
 def assistant_messages(turn: dict[str, Any]) -> list[Message]:
-    """Analysis, then a final message; or analysis, a preamble and tool calls."""
+    """The analysis and the final message; or the analysis, a preamble and the tool calls."""
     calls = turn.get("tool_calls") or []
-    learnt = turn.get("in_loss", True)
+    in_loss = turn.get("in_loss", True)
     messages = []
     if turn.get("thinking"):
-        messages.append(Message("assistant", turn["thinking"], "analysis", in_loss=learnt))
+        messages.append(Message("assistant", turn["thinking"], "analysis", in_loss=in_loss))
     if turn.get("content"):
         channel = "commentary" if calls else "final"
-        messages.append(Message("assistant", turn["content"], channel, in_loss=learnt))
+        messages.append(Message("assistant", turn["content"], channel, in_loss=in_loss))
     for call in calls:
-        recipient = f"functions.{call['name']}"
-        arguments = call["arguments"]
+        recipient, arguments = f"functions.{call['name']}", call["arguments"]
         messages.append(
-            Message("assistant", arguments, "commentary", recipient, "json", in_loss=learnt)
+            Message("assistant", arguments, "commentary", recipient, "json", in_loss=in_loss)
         )
     return messages
 
 
 def drop_past_analysis(messages: list[Message]) -> list[Message]:
-    """Drop the analysis before the last final message that a user has answered: all that vLLM drops
-    of the prompt that it makes for the last turn.
+    """Drop the analysis before the last final message that a user's message follows.
+
+    This is exactly what vLLM drops from the prompt for the last turn.
     """
     last_user = last_index(messages, author="user")
     last_final = last_index(messages[: max(last_user, 0)], channel="final")
-    return [m for n, m in enumerate(messages) if m.channel != "analysis" or n > last_final]
+    return [
+        message
+        for number, message in enumerate(messages)
+        if message.channel != "analysis" or number > last_final
+    ]
 
 
 def last_index(messages: list[Message], **fields: str) -> int:
-    """Of the last message with these fields; -1 if there is none."""
-    found = [
+    """The index of the last message with these values in its fields; -1 if there is none."""
+    indices = [
         number
         for number, message in enumerate(messages)
         if all(getattr(message, name) == value for name, value in fields.items())
     ]
-    return found[-1] if found else -1
+    return indices[-1] if indices else -1
 
 
 def to_pieces(
     messages: list[Message], train_on: TrainOn = "assistant", *, learn_no_thinking: bool = False
 ) -> list[Piece]:
-    """What is encoded, in order, and what is in the loss.
+    """The pieces of a conversation in order, each marked as in the loss or not.
 
-    By default the loss is of what the model writes when it is served. The server writes the header
-    `<|start|>assistant` that opens a turn, and goes on after a tool's result; the model writes the
-    one between its own messages. The rest of a header, through `<|message|>`, is learnt only where
-    its turn has shown analysis (see above); learn_no_thinking: everywhere.
+    See the module's docstring for the rule. It treats a message in three parts:
+
+    - `<|start|>assistant`. The server writes it at the beginning of a turn and after a tool's
+      result. It is in the loss where the model writes it: between two messages of its own.
+    - The rest of the header, through `<|message|>`. It is in the loss if the turn has shown
+      analysis, or with learn_no_thinking.
+    - The content and the token that ends it. They are always in the loss.
     """
     last_user = last_index(messages, author="user")
+    is_everything = train_on == "everything"
+    has_shown_analysis = False  # in the present turn
     pieces: list[Piece] = []
-    thought = False
     for number, message in enumerate(messages):
+        if message.author == "user":
+            has_shown_analysis = False
+        elif message.channel == "analysis":
+            has_shown_analysis = True
+        is_trained = message.author == "assistant" and message.in_loss
+        if train_on == "last_turn":
+            is_trained = is_trained and number > last_user
+        # After a call the model waits for the result, and the server opens the next message.
         before = messages[number - 1] if number else None
-        goes_on = before is not None and before.author == "assistant" and not before.is_call
-        thought = message.author != "user" and (thought or message.channel == "analysis")
-        everything = train_on == "everything"
-        said = message.author == "assistant" and message.in_loss
-        said = said and (train_on != "last_turn" or number > last_user)
-        pieces += pieces_of(
+        model_opens = before is not None and before.author == "assistant" and not before.is_call
+        pieces += message_pieces(
             message,
-            ends_all=number == len(messages) - 1 and message.channel == "final",
-            start_in_loss=everything or (said and goes_on),
-            header_in_loss=everything or (said and (thought or learn_no_thinking)),
-            content_in_loss=everything or said,
+            ends_conversation=number == len(messages) - 1,
+            start_in_loss=is_everything or (is_trained and model_opens),
+            header_in_loss=is_everything
+            or (is_trained and (has_shown_analysis or learn_no_thinking)),
+            content_in_loss=is_everything or is_trained,
         )
     return pieces
 
 
-def pieces_of(
+def message_pieces(
     message: Message,
     *,
-    ends_all: bool,
+    ends_conversation: bool,
     start_in_loss: bool,
     header_in_loss: bool,
     content_in_loss: bool,
 ) -> list[Piece]:
+    """`<|start|>AUTHOR to=RECIPIENT<|channel|>CHANNEL <|constrain|>TYPE<|message|>CONTENT<|end|>`.
+
+    The recipient, the channel and the type are left out where the message has none.
+    """
     start = [(START, True), (message.author, False)]
     header = []
     if message.recipient is not None:
@@ -194,7 +235,12 @@ def pieces_of(
     if message.constrain is not None:
         header += [(" ", False), (CONSTRAIN, True), (message.constrain, False)]
     header.append((MESSAGE, True))
-    end = RETURN if ends_all else CALL if message.is_call else END
+    # The model ends its last answer with <|return|>. In the prompt of a later turn the same answer
+    # ends with <|end|>.
+    if ends_conversation and message.channel == "final":
+        end = RETURN
+    else:
+        end = CALL if message.is_call else END
     return [
         *(Piece(text, is_control, start_in_loss) for text, is_control in start),
         *(Piece(text, is_control, header_in_loss) for text, is_control in header),
@@ -204,37 +250,49 @@ def pieces_of(
 
 
 def document_pieces(text: str) -> list[Piece]:
-    """Of plain text, which is no conversation: all of it is learnt, and where it ends."""
+    """The pieces of plain text that is no conversation. All of it is in the loss, its end too."""
     return [Piece(text, False, True), Piece(END_OF_TEXT, True, True)]
 
 
 class Encoder:
-    """Turns pieces into ids by a tokenizer's vocabulary; its chat template stays unused."""
+    """Encodes pieces with the vocabulary of a gpt-oss tokenizer. Its chat template is not used.
+
+    Raises UserError if the tokenizer lacks one of harmony's control tokens.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.ids = {token: tokenizer.get_vocab().get(token) for token in CONTROL_TOKENS}
         missing = [token for token, number in self.ids.items() if number is None]
         if missing:
             raise UserError(
-                f"the tokenizer of {tokenizer.name_or_path!r} is none of gpt-oss's: "
+                f"{tokenizer.name_or_path!r} is not a gpt-oss tokenizer: "
                 f"it lacks {', '.join(missing)}"
             )
-        self.text = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self.text.encode_special_tokens = True
+        # A copy, because this setting would change what the caller's tokenizer does. With it, the
+        # name of a control token inside text is encoded as text, so that no user can forge one.
+        self.text_tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self.text_tokenizer.encode_special_tokens = True
 
     def encode(self, conversations: list[list[Piece]]) -> tuple[list[list[int]], list[list[int]]]:
-        """input_ids and labels (-100 = not in the loss) of each; on all cores."""
+        """The input_ids and labels (-100 = not in the loss) of each conversation.
+
+        It uses all cores, so give it many conversations at once.
+        """
+        # Roles, channels and system messages repeat in every conversation: each distinct text is
+        # encoded once. The order is fixed so that the same batch always does the same work.
         texts = {p.text for pieces in conversations for p in pieces if not p.is_control and p.text}
         unique = sorted(texts)
-        encodings = self.text.encode_batch_fast(unique, add_special_tokens=False)
-        ids_of = dict(zip(unique, (encoding.ids for encoding in encodings), strict=True)) | {"": []}
-        input_ids, labels = [], []
+        encodings = self.text_tokenizer.encode_batch_fast(unique, add_special_tokens=False)
+        ids_of_text = {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
+        ids_of_text[""] = []
+        all_ids, all_labels = [], []
         for pieces in conversations:
-            parts = [[self.ids[p.text]] if p.is_control else ids_of[p.text] for p in pieces]
-            input_ids.append([number for part in parts for number in part])
-            learnt = [
-                part if piece.in_loss else [-100] * len(part)
-                for piece, part in zip(pieces, parts, strict=True)
-            ]
-            labels.append([number for part in learnt for number in part])
-        return input_ids, labels
+            input_ids: list[int] = []
+            labels: list[int] = []
+            for piece in pieces:
+                ids = [self.ids[piece.text]] if piece.is_control else ids_of_text[piece.text]
+                input_ids += ids
+                labels += ids if piece.in_loss else [-100] * len(ids)
+            all_ids.append(input_ids)
+            all_labels.append(labels)
+        return all_ids, all_labels

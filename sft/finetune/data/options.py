@@ -1,4 +1,4 @@
-"""How conversations are rendered, and which of their tokens are in the loss."""
+"""The flags that say how conversations are rendered and which of their tokens are in the loss."""
 
 from dataclasses import dataclass, field
 from datetime import date
@@ -11,39 +11,57 @@ TrainOn = Literal["assistant", "last_turn", "everything"]
 
 @dataclass(frozen=True)
 class DataArguments:
-    """The flags that decide what a dataset's rows become."""
+    """How the rows of a dataset become tokens and labels."""
 
     train_on: TrainOn = field(
         default="assistant",
-        metadata={"help": "What is in the loss: the assistant's turns, its last one, everything."},
+        metadata={
+            "help": "Which tokens are in the loss: those of all assistant turns (assistant), of "
+            "the last one only (last_turn), or all tokens (everything)."
+        },
     )
     learn_no_thinking: bool = field(
         default=False,
-        metadata={"help": "Learn to answer without thinking where the data has no thinking."},
+        metadata={
+            "help": "Also train on the message headers that skip thinking, in turns without any "
+            "thinking. This teaches the model to answer without thinking."
+        },
     )
     reasoning_effort: Literal["low", "medium", "high"] = field(
         default="medium",
-        metadata={"help": "Of conversations without a `reasoning_effort` of their own."},
+        metadata={
+            "help": "The reasoning effort in the system message of conversations that have no "
+            "`reasoning_effort` of their own."
+        },
     )
     conversation_start_date: str = field(
         default="",
-        metadata={"help": "The date the model is told; by default that of the first launch."},
+        metadata={
+            "help": "The current date in the system message, as YYYY-MM-DD. If empty, it is the "
+            "date of the run's first launch."
+        },
     )
     truncate: bool = field(
         default=False,
-        metadata={"help": "Cut conversations at --max_length instead of leaving them out."},
+        metadata={
+            "help": "Cut conversations that are longer than --max_length, instead of leaving them "
+            "out."
+        },
     )
     test_split_size: float = field(
         default=0.0,
-        metadata={"help": "The share to hold out for evaluation (with --eval_strategy)."},
+        metadata={
+            "help": "The share of the conversations, from 0 to 1, to hold out for evaluation. It "
+            "has an effect only together with --eval_strategy."
+        },
     )
 
 
 def check_data_arguments(data: DataArguments) -> None:
     """Raise UserError for values out of range."""
     if not 0 <= data.test_split_size < 1:
-        raise UserError("--test_split_size is a share: at least 0, less than 1")
+        raise UserError("--test_split_size is a share: it must be at least 0 and less than 1")
     try:
         date.fromisoformat(data.conversation_start_date or "2026-01-02")
     except ValueError:
-        raise UserError("--conversation_start_date is a date like 2026-01-02") from None
+        raise UserError("--conversation_start_date must be a date like 2026-01-02") from None
