@@ -50,7 +50,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, SUMMARY
 from finetune.checkpoint.fingerprint import RunRecord
-from finetune.data.dataset import load_conversations, load_parts, tokenize
+from finetune.data.dataset import load_conversations, load_splits, tokenize
 from finetune.data.harmony import Encoder
 from finetune.data.harmony_parser import ChannelReader
 from finetune.data.options import DataArguments
@@ -137,7 +137,7 @@ def held_out_conversations(trained: RunRecord, dataset: str | None) -> Dataset:
             "the run held nothing out: give --dataset FILE_OR_NAME, or train with "
             "--eval_strategy epoch --test_split_size 0.02"
         )
-    _, rows = load_parts(
+    _, rows = load_splits(
         trained.script_arguments(),
         eval_strategy=trained.eval_strategy,
         test_split_size=trained.data.test_split_size,
