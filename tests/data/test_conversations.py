@@ -124,7 +124,7 @@ def test_a_result_is_named_after_the_call_whose_id_it_has() -> None:
 
 
 def test_results_without_ids_are_named_by_themselves_or_after_the_calls_in_order() -> None:
-    calls = [{"name": name, "arguments": {}} for name in ("a", "b")]
+    calls = [{"name": name, "arguments": "{}"} for name in ("a", "b")]
     results = [{"role": "tool", "content": "1"}, {"role": "tool", "content": "2", "name": "c"}]
     turns = [USER, {"role": "assistant", "tool_calls": calls}, *results, ASSISTANT]
     messages = to_conversation({"messages": turns})["messages"]

@@ -50,16 +50,22 @@ def ids_of(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def test_valid_turns_have_no_problem(tiny: PreTrainedTokenizerBase) -> None:
-    reader = ChannelReader(tiny)
-    for text in GOOD:
-        assert reader.read(ids_of(text, tiny), has_tools=False).problem is None, text
-    for text in CALLS:
-        assert reader.read(ids_of(text, tiny), has_tools=True).problem is None, text
-        assert "where there is none" in str(
-            reader.read(ids_of(text, tiny), has_tools=False).problem
-        )
-    turn = reader.read(ids_of(THOUGHT + ANSWER, tiny), has_tools=False)
+@pytest.mark.parametrize("text", GOOD)
+def test_valid_turns_have_no_problem(text: str, tiny: PreTrainedTokenizerBase) -> None:
+    assert ChannelReader(tiny).read(ids_of(text, tiny), has_tools=False).problem is None
+
+
+@pytest.mark.parametrize("text", CALLS)
+def test_a_call_is_valid_only_where_there_are_tools(
+    text: str, tiny: PreTrainedTokenizerBase
+) -> None:
+    reader, ids = ChannelReader(tiny), ids_of(text, tiny)
+    assert reader.read(ids, has_tools=True).problem is None
+    assert "where there is none" in str(reader.read(ids, has_tools=False).problem)
+
+
+def test_a_turn_has_its_texts_by_channel(tiny: PreTrainedTokenizerBase) -> None:
+    turn = ChannelReader(tiny).read(ids_of(THOUGHT + ANSWER, tiny), has_tools=False)
     assert turn.texts == [("analysis", "Easy."), ("final", "4")]
     assert turn.text("analysis") == "Easy." and turn.text("commentary") == ""
 

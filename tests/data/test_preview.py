@@ -98,16 +98,22 @@ def test_json_prints_every_conversation_and_nothing_else(show: Any, tmp_path: Pa
 def test_svg_saves_the_conversations_in_two_colours(show: Any, tmp_path: Path) -> None:
     picture = tmp_path / "preview.svg"
     show(write_rows(tmp_path / "my.jsonl", ROW), svg=str(picture))
-    texts = [
-        ("".join(element.itertext()).replace("\xa0", " "), element.get("class"))
-        for element in ET.parse(picture).iter("{http://www.w3.org/2000/svg}text")
-    ]
-    (in_loss,) = {style for text, style in texts if "Easy." in text}
-    (not_in_loss,) = {style for text, style in texts if "Current date" in text}
+    lines = list(ET.parse(picture).iter("{http://www.w3.org/2000/svg}text"))
+    text_of_style: dict[str | None, str] = {}
+    for line in lines:
+        text = "".join(line.itertext()).replace("\xa0", " ")
+        assert len(text) <= 100
+        style = line.get("class")
+        text_of_style[style] = text_of_style.get(style, "") + text
+    (in_loss,) = [text for text in text_of_style.values() if "<|message|>Easy.<|end|>" in text]
+    (not_in_loss,) = [text for text in text_of_style.values() if "Current date" in text]
     assert in_loss != not_in_loss
-    assert max(len(text) for text, _ in texts) <= 100
+
+
+def test_an_svg_that_cannot_be_written_is_an_error(show: Any, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "my.jsonl", ROW)
     with pytest.raises(UserError, match="cannot be written: No such file"):
-        show(tmp_path / "my.jsonl", svg=str(tmp_path / "missing/preview.svg"))
+        show(file, svg=str(tmp_path / "missing/preview.svg"))
 
 
 def test_a_bad_file_is_one_error_and_no_traceback(tmp_path: Path, tiny_model: Path) -> None:

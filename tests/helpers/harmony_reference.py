@@ -1,4 +1,7 @@
-"""Conversations rendered by openai-harmony, as vLLM has it render them."""
+"""Conversations rendered by openai-harmony, the way vLLM calls it.
+
+This is written against openai-harmony alone, so that it shares no mistake with finetune.data.
+"""
 
 from typing import Any
 
@@ -20,18 +23,19 @@ NOTHING_DROPPED = RenderConversationConfig(auto_drop_analysis=False)
 
 
 def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
-    """The prompt that vLLM has openai-harmony render for the last turn, then that turn."""
+    """The tokens of the prompt that vLLM makes for the last turn, followed by that turn."""
     prompt, last_turn = openai_messages(conversation)
-    # vllm's auto_drop_analysis_messages, vllm/entrypoints/openai/parser/harmony_utils.py at 6a22fe6
+    # What auto_drop_analysis_messages does: vllm/entrypoints/openai/parser/harmony_utils.py at
+    # commit 6a22fe6.
     finals = [n for n, message in enumerate(prompt) if message.channel == "final"]
     last_final = finals[-1] if finals else -1
     kept = [m for n, m in enumerate(prompt) if n >= last_final or m.channel != "analysis"]
-    whole = Conversation.from_messages(kept + last_turn)
-    return openai.render_conversation_for_training(whole, NOTHING_DROPPED)
+    complete = Conversation.from_messages(kept + last_turn)
+    return openai.render_conversation_for_training(complete, NOTHING_DROPPED)
 
 
 def default_reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
-    """The same by openai-harmony's default, which is what decides on analysis in the prompt."""
+    """The same tokens if openai-harmony's default, not vLLM, drops analysis from the prompt."""
     prompt, last_turn = openai_messages(conversation)
     tokens = openai.render_conversation_for_completion(
         Conversation.from_messages(prompt), Role.ASSISTANT
@@ -43,7 +47,7 @@ def default_reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> 
 
 
 def openai_messages(conversation: dict[str, Any]) -> tuple[list[Message], list[Message]]:
-    """All messages through the last user's, and those after it."""
+    """The messages up to and including the last user's, and those after it."""
     effort = {"low": ReasoningEffort.LOW, "high": ReasoningEffort.HIGH}.get(
         conversation.get("reasoning_effort") or "", ReasoningEffort.MEDIUM
     )

@@ -1,6 +1,8 @@
-"""gpt-oss's real vocabulary of 201,088 tokens, without a model hub: npm's js-tiktoken carries it.
+"""gpt-oss's real tokenizer of 201,088 tokens, made from the npm package js-tiktoken.
 
-python tests/helpers/vocabulary.py FOLDER    gpt-oss's tokenizer, for `make preview` offline
+It needs no model hub. To write the tokenizer into a folder, for `make preview TOKENIZER=FOLDER`:
+
+    python tests/helpers/vocabulary.py FOLDER
 """
 
 import hashlib
@@ -15,7 +17,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from trl import chat_template_utils
 
 PACKAGE = "js-tiktoken@1.0.21"
-RANKS_FILE = "o200k_base.tiktoken"  # as openai-harmony and tiktoken look for it
+RANKS_FILE = "o200k_base.tiktoken"  # the name under which openai-harmony and tiktoken look for it
 RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
 FIRST_SPECIAL, VOCAB_SIZE = 199_998, 201_088
 SPECIAL_TOKENS = {
@@ -33,7 +35,10 @@ SPECIAL_TOKENS = {
 
 
 def fetch_ranks(folder: Path) -> None:
-    """Leave RANKS_FILE and its pattern in folder. Raises OSError or CalledProcessError offline."""
+    """Write RANKS_FILE and the file `pattern` into the folder, unless they are there.
+
+    Raises OSError or subprocess.SubprocessError if npm is missing or cannot reach its registry.
+    """
     if (folder / RANKS_FILE).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,6 +49,8 @@ def fetch_ranks(folder: Path) -> None:
         assert source is not None
         text = source.read().decode()
     encoding = json.loads(text[text.index("{") : text.rindex("}") + 1])
+    # A line of js-tiktoken's format holds many tokens: "! FIRST_RANK TOKEN TOKEN ...". tiktoken's
+    # own format has one token on each line: "TOKEN RANK".
     lines = []
     for line in encoding["bpe_ranks"].split("\n"):
         _, first, *tokens = line.split(" ")
@@ -55,7 +62,7 @@ def fetch_ranks(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of the published checkpoints, from the files fetch_ranks left in folder."""
+    """The tokenizer of the published checkpoints, from the files that fetch_ranks has written."""
     special = range(FIRST_SPECIAL, VOCAB_SIZE)
     converter = TikTokenConverter(
         vocab_file=str(folder / RANKS_FILE),
