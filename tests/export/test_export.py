@@ -1,10 +1,14 @@
-"""Real runs exported three ways, loaded from disk by transformers and PEFT, and compared."""
+"""sft/export.py: whole exports, of real runs and of one that was made without training."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -13,29 +17,121 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM, Mxfp4Config
 
 from export import ExportArguments, export
+from finetune.errors import UserError
+from finetune.export.shards import INDEX
+from finetune.export.source import ADAPTER
 from finetune.model.mxfp4 import unpack
 from finetune.model.quantize import quantize
 from helpers.evaluations import EVALUATION
+from helpers.finished_runs import save_adapter_run
+from helpers.hub import TOKEN, FakeHub
 from helpers.launching import LORA, Launch, Start, await_event
+from helpers.paths import CPU_ENVS, REPO
+from helpers.tensors import load_shards
 
 FORMATS = ("adapter", "bf16", "mxfp4")
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for file in folder.glob("model*.safetensors"):
-        tensors |= load_file(file)
-    return tensors
+def unverified(form: Any, output: Path, **flags: Any) -> ExportArguments:
+    return ExportArguments(format=form, output=output, verify=False, **flags)
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text())
+
+
+def test_an_interrupted_export_goes_on_when_it_is_repeated(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    args = unverified("bf16", output)
+    export(run_dir, args, max_shard_bytes=100_000)
+    complete = load_shards(output)
+    first, *_, last = sorted(output.glob("*.safetensors"))
+    written = first.stat().st_mtime_ns
+    # What an interrupted call leaves: not all shards, no index, no card, an unfinished record.
+    for file in (last, output / INDEX, output / "README.md"):
+        file.unlink()
+    record = read_json(output / "export.json") | {"finished": False}
+    (output / "export.json").write_text(json.dumps(record))
+
+    export(run_dir, args, max_shard_bytes=100_000)
+    assert first.stat().st_mtime_ns == written and (output / "README.md").exists()
+    assert read_json(output / "export.json")["finished"]
+    again = load_shards(output)
+    assert again.keys() == complete.keys() == read_json(output / INDEX)["weight_map"].keys()
+    assert all(again[name].equal(complete[name]) for name in again)
+
+
+def test_an_export_that_lost_what_was_trained_is_not_finished(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    save_adapter_run(tmp_path / "run", tiny_model, std=2e-4)  # less than MXFP4 resolves
+    args = ExportArguments(format="mxfp4", output=tmp_path / "out", num_examples=1)
+    with pytest.raises(UserError, match="vanished.* take --format adapter"):
+        export(tmp_path / "run", args)
+    assert not read_json(tmp_path / "out/export.json")["finished"]
+    assert not (tmp_path / "out/README.md").exists()
+
+
+def test_a_folder_with_something_else_is_left_alone(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    export(run_dir, unverified("adapter", output))
+    with pytest.raises(UserError, match="holds an export as adapter of step 4"):
+        export(run_dir, unverified("bf16", output))
+    assert not list(output.glob("model*"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    with pytest.raises(UserError, match="holds something else"):
+        export(run_dir, unverified("bf16", tmp_path / "mine"))
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+
+
+def test_a_damaged_run_is_one_line_and_status_1(run_dir: Path, tmp_path: Path) -> None:
+    file = run_dir / "final" / ADAPTER
+    file.write_bytes(file.read_bytes()[:-100])
+    command = [sys.executable, str(REPO / "sft/export.py"), str(run_dir), "--format=bf16"]
+    command.append(f"--output={tmp_path / 'out'}")
+    envs = os.environ | CPU_ENVS
+    result = subprocess.run(command, env=envs, capture_output=True, text=True)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if not line.startswith("[")]
+    assert len(errors) == 1 and errors[0].startswith("error:") and "is not complete" in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_if_the_hub_would_refuse_it(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub = FakeHub(role="read")
+    args = unverified("adapter", tmp_path / "out", push_to_hub="ada/mine")
+    with pytest.raises(UserError, match="may only read"):
+        export(run_dir, args, connect=hub.connect)
+    assert not (tmp_path / "out").exists() and not hub.calls
+
+
+def test_a_finished_export_is_uploaded_and_the_token_kept_secret(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub = FakeHub()
+    args = unverified("adapter", tmp_path / "out", push_to_hub="ada/mine")
+    export(run_dir, args, connect=hub.connect)
+    create, upload = hub.calls
+    assert create == ("create", "ada/mine", True)
+    assert {ADAPTER, "README.md", "export.json"} <= set(upload[2])
+    printed = capsys.readouterr()
+    assert "https://hub/ada/mine" in printed.out and TOKEN not in printed.out + printed.err
+    assert all(TOKEN not in file.read_text(errors="ignore") for file in args.output.iterdir())
 
 
 def export_as(form: Any, run_dir: Path, output: Path, **flags: Any) -> dict[str, Any]:
-    """Export to output/form; what export.json says of it."""
+    """Export to output/form and return what export.json holds."""
     export(run_dir, ExportArguments(format=form, output=output / form, num_examples=2, **flags))
-    return json.loads((output / form / "export.json").read_text())
+    return read_json(output / form / "export.json")
 
 
 def load(artifact: Path, base: Path) -> Any:
-    """As a user does, and nothing missing or left over."""
+    """Load an artifact as a user does; no weight may be missing or left over."""
     is_adapter = (artifact / "adapter_config.json").exists()
     is_packed = is_adapter or "quantization_config" in (artifact / "config.json").read_text()
     model, report = AutoModelForCausalLM.from_pretrained(
@@ -66,7 +162,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
 
 
 def check_all_load(run_dir: Path, output: Path, base: Path, forms: tuple[str, ...]) -> None:
-    """Each is closer to what train.py left than the base is, and generates."""
+    """Each export is far closer to what train.py left than the base is, and generates."""
     inputs = prompt(output / forms[0])
     trained = log_probs(load(run_dir / "final", base), inputs)
     effect = kl(trained, log_probs(load(base, base), inputs))
@@ -81,7 +177,21 @@ def check_all_load(run_dir: Path, output: Path, base: Path, forms: tuple[str, ..
         assert (output / form / "chat_template.jinja").exists()
 
 
-def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
+def check_checkpoint_holds_only_the_adapter(run_dir: Path) -> None:
+    """The adapter and its optimizer's two states, in fp32, and no weight of the base."""
+    entries = FileSystemReader(run_dir / "checkpoint-4").read_metadata().state_dict_metadata.items()
+    stored = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+    adapter = sum(t.numel() for t in load_file(run_dir / "final" / ADAPTER).values())
+    assert all("lora_" in name for name in stored)
+    counted = sum(entry.size.numel() for name, entry in stored.items() if name.startswith("model."))
+    assert counted == adapter
+    scalars = sum(name.endswith(".step") for name in stored)
+    assert sum(entry.size.numel() for entry in stored.values()) == 3 * adapter + scalars
+
+
+def test_a_lora_run_is_exported_in_every_format(
+    launch: Launch, tiny_model: Path, tmp_path: Path
+) -> None:
     result = launch(*LORA)
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "run"
@@ -97,48 +207,34 @@ def test_lora_three_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> No
 
     card = (tmp_path / "bf16/README.md").read_text()
     assert "| overall | 1,234 | 2.0 -> 1.5 | 7.389 -> 4.4817 |" in card and "(loss.png)" in card
-    assert not any(row["question"] in card for row in EVALUATION["generations"])
     plot = (run_dir / "final/loss.png").read_bytes()
     assert (tmp_path / "bf16/loss.png").read_bytes() == plot
     assert (tmp_path / "bf16/generation_config.json").exists()
-    assert "quantization_config" not in json.loads((tmp_path / "bf16/config.json").read_text())
-    published, ours = weights_of(tiny_model), weights_of(tmp_path / "mxfp4")
+    assert "quantization_config" not in read_json(tmp_path / "bf16/config.json")
+    published, ours = load_shards(tiny_model), load_shards(tmp_path / "mxfp4")
     assert {n: (t.shape, t.dtype) for n, t in ours.items()} == {
         name: (tensor.shape, tensor.dtype) for name, tensor in published.items()
     }
-    configs = [
-        json.loads((f / "config.json").read_text()) for f in (tiny_model, tmp_path / "mxfp4")
-    ]
-    assert configs[0] == configs[1]
+    assert read_json(tmp_path / "mxfp4/config.json") == read_json(tiny_model / "config.json")
 
-    # A checkpoint holds the adapter and its optimizer's two states, in fp32, not the base.
-    checkpoint = run_dir / "checkpoint-4"
-    entries = FileSystemReader(checkpoint).read_metadata().state_dict_metadata.items()
-    stored = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
-    adapter = sum(
-        t.numel() for t in load_file(run_dir / "final/adapter_model.safetensors").values()
-    )
-    assert all("lora_" in name for name in stored)
-    counted = sum(entry.size.numel() for name, entry in stored.items() if name.startswith("model."))
-    assert counted == adapter
-    scalars = sum(name.endswith(".step") for name in stored)
-    assert sum(entry.size.numel() for entry in stored.values()) == 3 * adapter + scalars
-
-    # The last checkpoint holds what the artifact does.
+    check_checkpoint_holds_only_the_adapter(run_dir)
+    # The last checkpoint gives the same adapter as the artifact, tensors and configuration.
     shutil.rmtree(run_dir / "final")
     record = export_as("adapter", run_dir, tmp_path / "again")
     assert record["origin"] == "checkpoint-4"
-    files = [folder / "adapter" for folder in (tmp_path, tmp_path / "again")]
-    adapters = [load_file(folder / "adapter_model.safetensors") for folder in files]
-    assert adapters[0].keys() == adapters[1].keys()
-    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
-    written = [json.loads((folder / "adapter_config.json").read_text()) for folder in files]
-    for config in written:
+    folders = [tmp_path / "adapter", tmp_path / "again/adapter"]
+    first, second = (load_file(folder / ADAPTER) for folder in folders)
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    configs = [read_json(folder / "adapter_config.json") for folder in folders]
+    for config in configs:
         config["target_modules"].sort()
-    assert written[0] == written[1]
+    assert configs[0] == configs[1]
 
 
-def test_full_two_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_full_run_is_exported_as_bf16_and_mxfp4(
+    launch: Launch, tiny_model: Path, tmp_path: Path
+) -> None:
     result = launch("fsdp2.yaml")
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "run"
@@ -146,27 +242,25 @@ def test_full_two_ways(launch: Launch, tiny_model: Path, tmp_path: Path) -> None
     check_all_load(run_dir, tmp_path, tiny_model, ("bf16", "mxfp4"))
     assert records["bf16"]["fidelity"]["kl"] == 0
     assert records["mxfp4"]["fidelity"]["kl"] > 0
-    final, bf16, mxfp4 = (weights_of(d) for d in (run_dir / "final", *output_dirs(tmp_path)))
+    folders = (run_dir / "final", tmp_path / "bf16", tmp_path / "mxfp4")
+    final, bf16, mxfp4 = map(load_shards, folders)
     assert final.keys() == bf16.keys()
     assert all(final[name].equal(bf16[name]) for name in final)
     name = "model.layers.1.mlp.experts.down_proj"
     expected = unpack(*quantize(final[name].transpose(1, 2)))
     assert unpack(mxfp4[f"{name}_blocks"], mxfp4[f"{name}_scales"]).equal(expected)
 
-    shutil.rmtree(run_dir / "final")  # fp32, and over two ranks
+    # The last checkpoint gives the same weights: it holds them in fp32, shared by two ranks.
+    shutil.rmtree(run_dir / "final")
     record = export_as("bf16", run_dir, tmp_path / "again", verify=False)
     assert record["origin"] == "checkpoint-4" and "fidelity" not in record
-    again = weights_of(tmp_path / "again/bf16")
+    again = load_shards(tmp_path / "again/bf16")
     assert final.keys() == again.keys()
     assert all(final[name].equal(again[name]) for name in final)
 
 
-def output_dirs(folder: Path) -> list[Path]:
-    return [folder / "bf16", folder / "mxfp4"]
-
-
-def test_a_run_that_trains_on(start: Start, tmp_path: Path) -> None:
-    """Its last whole checkpoint is exported, and it is left alone."""
+def test_a_run_is_exported_while_it_trains_on(start: Start, tmp_path: Path) -> None:
+    """Its newest complete checkpoint is exported, and the run goes on undisturbed."""
     run_dir = tmp_path / "run"
     torn = run_dir / "checkpoint-900"
     torn.mkdir(parents=True)

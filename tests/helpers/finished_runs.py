@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
+from transformers import GptOssForCausalLM, Mxfp4Config
 from trl import ModelConfig
 
 from finetune.checkpoint.fingerprint import model_revision
@@ -59,3 +60,11 @@ def open_run(run_dir: Path) -> MergedWeights:
     run_weights = find_run_weights(run_dir)
     merged, _ = open_merged(run_weights, open_base(run_weights.record))
     return merged
+
+
+def peft_model(base: Path, run_dir: Path) -> Any:
+    """The run's adapter on its base, loaded by PEFT in fp32, as merge.py computes too."""
+    model = GptOssForCausalLM.from_pretrained(
+        base, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
+    )
+    return PeftModel.from_pretrained(model, run_dir / "final")

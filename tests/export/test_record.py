@@ -1,0 +1,49 @@
+"""An output folder belongs to one export."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import UserError
+from finetune.export.record import RECORD, ExportRecord, check_same_export, read_record
+
+
+def make_record() -> ExportRecord:
+    return ExportRecord(format="bf16", origin="final", step=4, fingerprint={"seed": 0})
+
+
+def test_a_new_or_empty_folder_holds_no_export(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "new") is None
+    assert read_record(tmp_path) is None
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    record = make_record()
+    record.fidelity, record.hints = {"kl": 0.5}, ["serve bf16"]
+    record.write(tmp_path, finished=True)
+    assert json.loads((tmp_path / RECORD).read_text())["finished"]
+    assert read_record(tmp_path) == record
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
+    make_record().write(tmp_path, finished=False)
+    assert not {"fidelity", "text"} & json.loads((tmp_path / RECORD).read_text()).keys()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", RECORD])
+def test_a_folder_with_anything_else_is_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(UserError, match="holds something else"):
+        read_record(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"format": "mxfp4"}, {"origin": "checkpoint-4"}, {"step": 5}, {"fingerprint": {"seed": 1}}],
+)
+def test_another_export_is_refused(change: dict[str, object], tmp_path: Path) -> None:
+    other = ExportRecord(**(vars(make_record()) | change))  # type: ignore[arg-type]
+    check_same_export(make_record(), make_record(), tmp_path)
+    with pytest.raises(UserError, match="holds an export as bf16 of step 4 or of another run"):
+        check_same_export(make_record(), other, tmp_path)

@@ -1,0 +1,33 @@
+"""A stand-in for the hub's client, which notes what it is asked to do."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import OfflineModeIsEnabled
+
+TOKEN = "hf_" + "x" * 34
+
+
+class FakeHub:
+    """Belongs to the user "ada". role: of the token; offline: whether the hub is out of reach."""
+
+    def __init__(self, *, role: str = "write", offline: bool = False) -> None:
+        self.role, self.offline = role, offline
+        self.calls: list[Any] = []
+
+    def connect(self, *, token: str) -> Any:
+        """Make the client, as HfApi(token=...) does."""
+        assert token == TOKEN
+        return self
+
+    def whoami(self) -> dict[str, Any]:
+        if self.offline:
+            raise OfflineModeIsEnabled("offline")
+        return {"name": "ada", "auth": {"accessToken": {"role": self.role}}, "orgs": []}
+
+    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
+        self.calls.append(("create", repo_id, private))
+        return f"https://hub/{repo_id}"
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: Any) -> None:
+        self.calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))
