@@ -1,8 +1,9 @@
-"""How much memory, in bytes and page cache left out, each rank takes to load a model.
+"""Measure how much memory each rank takes to load a model; the page cache does not count.
 
-accelerate launch --config_file sft/fsdp2.yaml tests/helpers/loading_memory.py MODEL HOW FILE
+    accelerate launch --config_file sft/fsdp2.yaml tests/helpers/loading_memory.py MODEL HOW FILE
 
-HOW: recipe, or stock: transformers' from_pretrained, told to be sparing with memory under FSDP.
+HOW is `recipe` or `stock`: transformers' from_pretrained, with its option to save memory under
+FSDP. FILE receives a list with "peak" and "after", in bytes, of each rank.
 """
 
 import json
@@ -22,13 +23,13 @@ from finetune.model.weights import BaseWeights, shard_and_fill
 
 
 def anonymous_bytes() -> int:
-    """Of this process: what no file backs."""
+    """The resident memory of this process that is not backed by a file."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("RssAnon:")[1].split()[0])
 
 
 class Peak(threading.Thread):
-    """Looks every millisecond."""
+    """Reads the memory of this process every millisecond and keeps the highest value."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -68,7 +69,8 @@ def main() -> None:
     if accelerator.is_main_process:
         Path(file).write_text(json.dumps(figures))
     accelerator.wait_for_everyone()
-    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
+    # Ends at once: a thread of torch 2.13.0's gloo that frees gathered tensors while Python shuts
+    # down aborts the process.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""Expert weights in MXFP4: blocks and scales, without a model."""
+"""Expert weights in MXFP4 without a model: blocks (E, out, in / 32, 16) and scales."""
 
 import torch
 
@@ -6,6 +6,7 @@ NUM_EXPERTS, OUT, IN = 5, 24, 64
 
 
 def random_packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random blocks and scales of NUM_EXPERTS experts, of weights around 0.01."""
     generator = torch.Generator().manual_seed(seed)
     shape = (NUM_EXPERTS, OUT, IN // 32)
     blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
@@ -13,7 +14,7 @@ def random_packed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def every_value() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every byte under every scale but 255, which the format has for NaN."""
+    """Every byte under every scale except 255, which means NaN."""
     blocks = torch.arange(256, dtype=torch.uint8).repeat(255, 1).view(1, 255, 16, 16)
     scales = torch.arange(255, dtype=torch.uint8)[None, :, None].expand(1, 255, 16).contiguous()
     return blocks, scales

@@ -1,6 +1,8 @@
-"""One step of a tiny gpt-oss under `accelerate launch`; its gradients, gathered, go into a file.
+"""Make one step of a tiny gpt-oss under `accelerate launch`, and write its gathered gradients.
 
-accelerate launch --config_file sft/fsdp2.yaml tests/helpers/sharded_step.py MODEL all|lora FILE
+    accelerate launch --config_file sft/fsdp2.yaml tests/helpers/sharded_step.py MODEL all|lora FILE
+
+The file's metadata holds "bytes_moved", the bytes that the collectives gathered and reduced.
 """
 
 import os
@@ -23,7 +25,7 @@ from finetune.model.weights import BaseWeights, local_rows, shard_and_fill
 
 
 def make_model(model_id: str, implementation: str, *, use_peft: bool) -> Any:
-    """In fp32."""
+    """gpt-oss in fp32, with LoRA if wanted. implementation: of its experts."""
     model: Any = load_model(BaseWeights(model_id), attn_implementation="eager").float()
     model.set_experts_implementation(implementation)
     if not use_peft:
@@ -33,7 +35,7 @@ def make_model(model_id: str, implementation: str, *, use_peft: bool) -> Any:
 
 
 def randomize_adapters(model: torch.nn.Module) -> None:
-    """So that they do something: B is zero at first. The same however they are sharded."""
+    """Give LoRA random numbers, as B is zero at first. They do not depend on the sharding."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -46,12 +48,13 @@ def randomize_adapters(model: torch.nn.Module) -> None:
 
 
 def batch(rank: int) -> dict[str, torch.Tensor]:
+    """A rank's conversation of random tokens; every rank has another one."""
     ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(rank))
     return {"input_ids": ids, "labels": ids}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Gathered from all ranks, by the names that a model has before it is wrapped."""
+    """All gradients, gathered from all ranks, by the names of a model that is not wrapped."""
     named = {}
     for name, parameter in model.named_parameters():
         grad: Any = parameter.grad
@@ -62,15 +65,15 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 class BytesMoved(TorchDispatchMode):
-    """What the collectives gather or reduce, in bytes."""
+    """Adds up the bytes that the collectives gather or reduce."""
 
     total = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore
         if "allgather" in func.__name__:
-            self.total += args[0].nbytes  # gathered
+            self.total += args[0].nbytes  # its output
         elif "reduce_scatter" in func.__name__:
-            self.total += args[1].nbytes  # to be reduced
+            self.total += args[1].nbytes  # its input
         return func(*args, **(kwargs or {}))
 
 
@@ -85,7 +88,7 @@ def main() -> None:
     model.train()
     shard_and_fill(accelerator, model, BaseWeights(model_id))
     randomize_adapters(model)
-    # FSDP2 takes a model together with its optimizer.
+    # accelerate prepares a model for FSDP2 only together with its optimizer.
     model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters()))
     with BytesMoved() as moved:
         accelerator.backward(model(**batch(accelerator.process_index)).loss)
@@ -94,7 +97,8 @@ def main() -> None:
     if accelerator.is_main_process:
         save_file(gathered, Path(file), metadata={"bytes_moved": str(moved.total)})
     accelerator.wait_for_everyone()
-    # torch 2.13.0's gloo aborts where a thread lets go of gathered tensors while Python is ending.
+    # Ends at once: a thread of torch 2.13.0's gloo that frees gathered tensors while Python shuts
+    # down aborts the process.
     os._exit(0)
 
 

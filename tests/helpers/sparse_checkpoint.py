@@ -1,8 +1,8 @@
-"""A gpt-oss checkpoint in its true shapes that takes no disk: its weights are a hole in the file.
+"""Write a gpt-oss checkpoint of the true size that takes no room: its weights are a sparse file.
 
-python tests/helpers/sparse_checkpoint.py FOLDER 20b [NUM_LAYERS]
+    python tests/helpers/sparse_checkpoint.py FOLDER 20b [NUM_LAYERS]
 
-To measure loading with tests/helpers/loading_memory.py.
+tests/helpers/loading_memory.py can measure how much memory loading it takes. All weights are zero.
 """
 
 import json
@@ -18,7 +18,7 @@ BYTES = {"BF16": 2, "U8": 1}
 
 
 def entries(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes as published: experts as MXFP4 blocks and scales."""
+    """The dtype and shape of each stored tensor, as published: experts in MXFP4."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim == 3:
@@ -31,6 +31,7 @@ def entries(model: torch.nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def save_sparse(folder: Path, size: str, num_layers: int | None) -> None:
+    """Write config.json and model.safetensors. size: 20b or 120b; num_layers: None for all."""
     config = make_config(size, num_layers=num_layers)
     with torch.device("meta"):
         model = GptOssForCausalLM(config)
@@ -41,10 +42,10 @@ def save_sparse(folder: Path, size: str, num_layers: int | None) -> None:
         start, end = end, end + BYTES[dtype] * torch.Size(shape).numel()
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the format wants the weights to begin at a multiple of 8
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        file.truncate(8 + len(text) + end)  # makes the file longer without writing anything
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Attention that cannot be trusted is found out; packed conversations are kept apart."""
+"""An implementation of attention that computes something else than eager is refused, and packed
+conversations do not see each other.
+"""
 
 from collections.abc import Iterator
 from functools import partial
@@ -10,13 +12,13 @@ import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from finetune.model import attention
 from finetune.model.attention import (
     FASTEST_FIRST,
     TOLERANCE,
     choose_attention,
     outputs_and_gradients,
     probe,
+    slowest,
 )
 from finetune.model.loading import load_model
 from finetune.model.weights import BaseWeights
@@ -35,9 +37,9 @@ def by_definition(
     without: str = "",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """gpt-oss's attention from its definition, with no mask of transformers'; or short of a part.
+    """gpt-oss's attention by its definition, without the masks of transformers.
 
-    query: (1, H, T, d); key and value: (1, H / group, T, d).
+    query: (1, H, T, d); key and value: (1, H / group, T, d). without: a part to leave out.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -56,17 +58,16 @@ def by_definition(
     return (weights / total @ value).transpose(1, 2), None
 
 
-def test_all_ranks_fall_back_with_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_use_the_slowest_that_one_of_them_has() -> None:
     flash, flex = FASTEST_FIRST
-    monkeypatch.setattr(attention, "fastest_here", lambda: flash)
-    for others, chosen in (([], flash), ([flex], flex), ([flex, "eager", flash], "eager")):
-        monkeypatch.setattr(attention, "gather_object", lambda own, others=others: own + others)
-        assert choose_attention() == chosen
+    assert slowest([flash]) == slowest([flash, flash]) == flash
+    assert slowest([flash, flex]) == flex
+    assert slowest([flash, flex, "eager", flash]) == "eager"
 
 
 @pytest.fixture(params=["nothing", "sinks", "windows", "boundaries"])
 def without(request: pytest.FixtureRequest) -> Iterator[str]:
-    """An implementation of this name that lacks it."""
+    """Registers an implementation of this name that lacks this part."""
     name = request.param
     ALL_ATTENTION_FUNCTIONS[name] = partial(by_definition, without=name)
     ALL_MASK_ATTENTION_FUNCTIONS[name] = eager_mask
@@ -74,7 +75,7 @@ def without(request: pytest.FixtureRequest) -> Iterator[str]:
     del ALL_ATTENTION_FUNCTIONS[name], ALL_MASK_ATTENTION_FUNCTIONS[name]
 
 
-def test_what_lacks_a_part_is_refused(without: str) -> None:
+def test_an_implementation_that_lacks_a_part_is_refused(without: str) -> None:
     refusal = probe(without, device="cpu")
     if without == "nothing":
         assert refusal is None
@@ -86,7 +87,7 @@ def test_what_lacks_a_part_is_refused(without: str) -> None:
         assert refusal is not None and "differs from eager's by" in refusal
 
 
-def test_what_is_not_there_is_refused_with_its_reason() -> None:
+def test_an_implementation_that_cannot_run_is_refused_with_the_reason() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     assert "Error: " in str(probe("flash_attention_4", device="cpu"))

@@ -1,4 +1,4 @@
-"""Experts and their LoRA equal the eager reference in fp32, outputs and every gradient."""
+"""Experts and their LoRA equal transformers' eager ones: the output and every gradient."""
 
 import pytest
 import torch
@@ -8,15 +8,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from finetune.model import flops  # noqa: F401  counts grouped GEMMs
-from finetune.model.experts import EXPERTS_IMPLEMENTATION, LowRankParamWrapper, use_grouped_lora
+from finetune.model import flops  # noqa: F401  it registers the FLOPs of grouped GEMMs
+from finetune.model.experts import (
+    EXPERTS_IMPLEMENTATION,
+    LowRankParamWrapper,
+    register_experts,
+    use_grouped_lora,
+)
 from helpers.tensors import assert_same
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 64, 96, 8, 4
 
 
 def make_mlp(implementation: str, *, std: float = 0.3) -> GptOssMLP:
-    """With the default `std` some gates and ups are clamped."""
+    """A router with its experts. With the default `std` some gates and ups are clamped."""
+    register_experts()
     torch.manual_seed(0)
     config = GptOssConfig(
         hidden_size=HIDDEN,
@@ -46,7 +52,7 @@ def with_lora(mlp: torch.nn.Module, *, low_rank: bool, r: int = 8) -> torch.nn.M
 
 
 def gradients(mlp: torch.nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output, and the gradient of the input and of everything that has one."""
+    """The output, and the gradients of the input and of all parameters that have one."""
     x = x.clone().requires_grad_()
     y, _ = mlp(x)
     weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
@@ -89,7 +95,7 @@ GPU = pytest.param(
 @pytest.mark.parametrize("r", [0, 3, 8], ids=["experts", "r=3", "r=8"])
 def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, r: int) -> None:
     def of(implementation: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        # No gate is near its clamp: rounding that carries one across it would hide the rest.
+        # With a std of 0.1 no gate is near its clamp: rounding one across it would hide the rest.
         model: torch.nn.Module = make_mlp(implementation, std=0.1)
         if r:
             model = with_lora(model, low_rank=implementation == EXPERTS_IMPLEMENTATION, r=r)
@@ -103,8 +109,8 @@ def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, r: int) -> None:
 
 
 @pytest.mark.parametrize("experts", [[3, 0, 5, 6], [7, 6, 5, 4]])
-def test_all_tokens_to_the_same_experts(experts: list[int]) -> None:
-    """So that some have none, at both ends and between."""
+def test_experts_without_any_token_change_nothing(experts: list[int]) -> None:
+    """All tokens go to the same experts, so that the first, the last or some between have none."""
     index = torch.tensor([experts]).repeat(5, 1)
     weights = torch.rand(5, TOP_K, generator=torch.Generator().manual_seed(3))
     results = []
@@ -118,12 +124,12 @@ def test_all_tokens_to_the_same_experts(experts: list[int]) -> None:
     assert_same(results[1], results[0], tolerance=1e-5)
 
 
-def test_it_is_deterministic() -> None:
+def test_two_steps_are_equal_bit_for_bit() -> None:
     first, second = (gradients(make_mlp(EXPERTS_IMPLEMENTATION), tokens((2, 64))) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_an_adapter_switched_off_is_the_base_model() -> None:
+def test_a_disabled_adapter_leaves_the_base_model() -> None:
     x = tokens((1, 16))
     model = with_lora(make_mlp(EXPERTS_IMPLEMENTATION), low_rank=True)
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
@@ -133,7 +139,7 @@ def test_an_adapter_switched_off_is_the_base_model() -> None:
     assert torch.equal(model(x)[0], make_mlp(EXPERTS_IMPLEMENTATION)(x)[0])
 
 
-def test_merging_is_pefts() -> None:
+def test_pefts_merge_still_works() -> None:
     x = tokens((1, 16))
     model = with_lora(make_mlp(EXPERTS_IMPLEMENTATION), low_rank=True)
     expected = model(x)[0]
@@ -144,7 +150,7 @@ def test_merging_is_pefts() -> None:
 
 
 class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation makes."""
+    """Keeps the number of elements of the largest tensor that any operation makes."""
 
     largest = 0
 
@@ -157,7 +163,7 @@ class LargestTensor(torch.utils._python_dispatch.TorchDispatchMode):
         return result
 
 
-def test_nothing_as_large_as_a_stack_of_experts_is_made() -> None:
+def test_lora_makes_nothing_as_large_as_a_stack_of_experts() -> None:
     x = tokens((1, 4))
     stack = NUM_EXPERTS * HIDDEN * INTERMEDIATE
     made = {}
@@ -166,12 +172,12 @@ def test_nothing_as_large_as_a_stack_of_experts_is_made() -> None:
         with LargestTensor() as mode:
             gradients(model, x)
         made[low_rank] = mode.largest
-    assert made[False] >= stack  # PEFT's own path: the measurement sees it
+    assert made[False] >= stack  # PEFT's own path makes one, so the measurement works
     assert made[True] <= NUM_EXPERTS * 8 * 2 * INTERMEDIATE  # the gradient of a factor
 
 
-def test_lora_costs_what_it_must() -> None:
-    """The frozen weights for the output and for the input's gradient, and the factors' own."""
+def test_lora_computes_no_gradient_of_the_frozen_weights() -> None:
+    """Its FLOPs are those of the output and of the input's gradient, and those of the factors."""
     x, num_pairs = tokens((1, 64)), 64 * TOP_K
     model = with_lora(make_mlp(EXPERTS_IMPLEMENTATION), low_rank=True)
     with FlopCounterMode(display=False) as counter:

@@ -1,4 +1,4 @@
-"""The model as loaded: MXFP4 unpacked exactly, experts found."""
+"""The model as it is loaded: MXFP4 unpacked exactly, experts found for LoRA, others refused."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from finetune.model.loading import load_config, load_model
 from finetune.model.lora import expert_parameters, lora_config
 from finetune.model.weights import BaseWeights
 
+# Written out here, so that a mistake in the code's own table would show.
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
@@ -35,7 +36,7 @@ def test_mxfp4_is_unpacked_exactly(model: GptOssForCausalLM, tiny_model: Path) -
         assert torch.equal(parameter.float(), weights)
 
 
-def test_experts_are_found_in_the_model(model: GptOssForCausalLM) -> None:
+def test_lora_finds_the_experts_in_the_model(model: GptOssForCausalLM) -> None:
     names = expert_parameters(model)
     assert names == ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
     config = lora_config(model, ModelConfig(use_peft=True, lora_r=8, lora_dropout=0.0))
@@ -44,7 +45,7 @@ def test_experts_are_found_in_the_model(model: GptOssForCausalLM) -> None:
         expert_parameters(torch.nn.Linear(4, 4))
 
 
-def test_another_architecture_is_refused(tmp_path: Path) -> None:
+def test_a_model_that_is_missing_or_not_gpt_oss_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="is 'llama', not gpt_oss"):
         load_config(str(tmp_path))

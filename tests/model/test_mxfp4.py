@@ -1,4 +1,4 @@
-"""Experts that stay in MXFP4 are the bf16 ones, bit for bit, in a quarter of their memory."""
+"""Experts that stay in MXFP4 compute what the bf16 ones do, and are never kept unpacked."""
 
 import os
 import subprocess
@@ -14,47 +14,50 @@ from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from trl import ModelConfig
 
-from finetune.model import kernels as mxfp4_triton
-from finetune.model import mxfp4
+from finetune.model import kernels, mxfp4
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_model
 from finetune.model.lora import lora_config
 from finetune.model.mxfp4 import Mxfp4Weight, PackedGroupedMM, unpack
 from finetune.model.weights import BaseWeights
 from helpers.packed import IN, NUM_EXPERTS, OUT, every_value, random_packed
-from helpers.paths import REPO
+from helpers.paths import python_path
 
 
-def test_unpacking_is_transformers_own() -> None:
+def test_every_value_is_unpacked_as_transformers_does() -> None:
     expected = convert_moe_packed_tensors(*every_value())
     assert torch.equal(unpack(*every_value()).transpose(1, 2), expected)
 
 
-def test_the_kernel_unpacks_the_same() -> None:
-    """Run by Triton's interpreter where there is no GPU."""
-    code = """
-import torch, mxfp4, mxfp4_triton, test_mxfp4
+RUN_KERNEL = """
+import torch
+from finetune.model import kernels, mxfp4
+from helpers.packed import every_value, random_packed
+
 device = "cuda" if torch.cuda.is_available() else "cpu"
-for blocks, scales in (test_mxfp4.every_value(), test_mxfp4.random_packed()):
-    actual = mxfp4_triton.unpack(blocks.to(device), scales.to(device)).cpu()
+for blocks, scales in (every_value(), random_packed()):
+    actual = kernels.unpack(blocks.to(device), scales.to(device)).cpu()
     expected = mxfp4.unpack(blocks, scales)
     assert torch.equal(actual, expected)
     assert torch.equal(actual.signbit(), expected.signbit())
 """
-    paths = os.pathsep.join(str(REPO / folder) for folder in ("sft", "tests", "tests/rehearsal"))
-    envs = {"PYTHONPATH": paths}
+
+
+def test_the_kernel_unpacks_the_same() -> None:
+    """Without a GPU Triton's interpreter runs it, which must be chosen before Triton's import."""
+    envs = {"PYTHONPATH": python_path("sft", "tests")}
     if not torch.cuda.is_available():
         envs["TRITON_INTERPRET"] = "1"
-    subprocess.run([sys.executable, "-c", code], env=os.environ | envs, check=True)
+    subprocess.run([sys.executable, "-c", RUN_KERNEL], env=os.environ | envs, check=True)
 
 
-def test_the_kernel_is_compiled_for_hopper() -> None:
-    """No GPU is needed for that. It moves 16 bytes at a time where what it moves lies together."""
+def test_the_kernel_for_hopper_stores_16_bytes_at_a_time() -> None:
+    """Triton compiles it without a GPU; `v4.b32` in its PTX means four times 32 bits."""
     arguments = {"blocks": "*u8", "scales": "*u8", "weights": "*i16", "num_bytes": "i64"}
     source = triton.compiler.ASTSource(
-        fn=mxfp4_triton.unpack_kernel,
+        fn=kernels.unpack_kernel,
         signature=arguments | {"BYTES": "constexpr"},
-        constexprs={"BYTES": mxfp4_triton.BYTES},
+        constexprs={"BYTES": kernels.BYTES},
         attrs={(index,): [["tt.divisibility", 16]] for index in range(4)},
     )
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
@@ -63,10 +66,11 @@ def test_the_kernel_is_compiled_for_hopper() -> None:
 
 @pytest.mark.parametrize("counts", [(3, 0, 7, 1, 2), (0, 0, 0, 0, 9), (1, 0, 0, 0, 0)])
 @pytest.mark.parametrize("experts_at_a_time", [1, 2, 5])
-def test_rows_meet_the_bf16_weights(
+def test_packed_experts_multiply_as_bf16_ones(
     counts: tuple[int, ...], experts_at_a_time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks, scales = random_packed()
+    # The module's own constant: an argument of PackedGroupedMM would be for this test alone.
     monkeypatch.setattr(mxfp4, "MAX_UNPACKED_BYTES", experts_at_a_time * OUT * IN * 2)
     offsets = torch.tensor(counts).cumsum(0).int()
     generator = torch.Generator().manual_seed(1)
@@ -83,7 +87,7 @@ def test_rows_meet_the_bf16_weights(
     torch.testing.assert_close(x.grad, reference.grad)
 
 
-def test_a_packed_weight_is_bf16_to_whoever_looks() -> None:
+def test_a_packed_weight_looks_like_bf16_and_cannot_be_changed() -> None:
     blocks, scales = random_packed()
     weight = torch.nn.Parameter(Mxfp4Weight(blocks, scales), requires_grad=False)
     assert isinstance(weight, Mxfp4Weight) and weight.shape == (NUM_EXPERTS, IN, OUT)
@@ -93,7 +97,7 @@ def test_a_packed_weight_is_bf16_to_whoever_looks() -> None:
 
 
 def adapted(tiny_model: Path, *, dequantize: bool) -> Any:
-    """The tiny gpt-oss with LoRA that already does something."""
+    """The tiny gpt-oss with LoRA of random numbers."""
     model: Any = load_model(
         BaseWeights(str(tiny_model)), attn_implementation="eager", dequantize=dequantize
     )
@@ -113,7 +117,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def step(model: Any) -> dict[str, torch.Tensor]:
-    """Logits, and the gradients of the adapter."""
+    """The logits, and the gradients of the adapter."""
     with torch.autocast("cpu", torch.bfloat16):
         output = model(**batch())
     output.loss.backward()
@@ -121,7 +125,7 @@ def step(model: Any) -> dict[str, torch.Tensor]:
     return {"logits": output.logits.detach()} | named
 
 
-def test_a_step_is_that_of_the_unpacked_base(tiny_model: Path) -> None:
+def test_a_step_on_a_packed_base_equals_one_on_an_unpacked_base(tiny_model: Path) -> None:
     expected = step(adapted(tiny_model, dequantize=True))
     model = adapted(tiny_model, dequantize=False)
     packed = [p for p in model.parameters() if isinstance(p, Mxfp4Weight)]
@@ -132,7 +136,7 @@ def test_a_step_is_that_of_the_unpacked_base(tiny_model: Path) -> None:
         torch.testing.assert_close(actual[name], value, msg=name)
 
 
-def test_what_is_unpacked_is_not_kept_for_backward(tiny_model: Path) -> None:
+def test_unpacked_weights_are_not_kept_for_backward(tiny_model: Path) -> None:
     model = adapted(tiny_model, dequantize=False)
     stack = model.config.num_local_experts * model.config.hidden_size
     stack *= model.config.intermediate_size
@@ -148,8 +152,9 @@ def test_what_is_unpacked_is_not_kept_for_backward(tiny_model: Path) -> None:
     assert kept and max(kept) < stack
 
 
-def test_an_adapter_is_loaded_for_evaluation(tiny_model: Path, tmp_path: Path) -> None:
-    """Written beside a packed base in PEFT's own format, read beside either."""
+def test_an_adapter_trained_on_a_packed_base_loads_on_either(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     trained = adapted(tiny_model, dequantize=False)
     trained.save_pretrained(tmp_path)
     bases: list[GptOssForCausalLM] = [

@@ -1,4 +1,4 @@
-"""bf16 to MXFP4: exact where it can be, the least error where it cannot."""
+"""Quantising bf16 to MXFP4 is exact where it can be, and has the least error where it cannot."""
 
 import pytest
 import torch
@@ -10,13 +10,13 @@ from helpers.packed import every_value, random_packed
 
 
 def error(weights: torch.Tensor, blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """Of each block, squared, in float64."""
+    """The squared error of each block, in float64."""
     difference = unpack(blocks, scales).double() - weights.double()
     return difference.unflatten(-1, (-1, 32)).square().sum(-1)
 
 
 def quantize_under(weights: torch.Tensor, scale: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every block (1, N, 32) under this scale: the nearest of all 16 values, one by one."""
+    """Every block (1, N, 32) under this scale, each weight by the nearest of all 16 values."""
     values = unpack(
         torch.arange(16, dtype=torch.uint8).view(1, 1, 1, 16), torch.tensor([[[scale]]])
     )
@@ -27,12 +27,12 @@ def quantize_under(weights: torch.Tensor, scale: int) -> tuple[torch.Tensor, tor
 
 
 def test_every_value_of_the_format_comes_back() -> None:
-    """Whatever the maximum of its block: also where it uses only FP4's smallest values."""
+    """Also from blocks whose maximum is one of FP4's smallest values."""
     blocks, scales = every_value()
-    # Of each block also versions whose largest code is smaller.
+    # Each mask makes versions of the blocks whose largest code is smaller.
     masks = torch.tensor([0x00, 0x11, 0x99, 0x22, 0xAA, 0x33, 0x55, 0x77, 0xFF])
     for mask in masks.to(torch.uint8):
-        # 6 * 2 ** 127 is more than bf16 holds.
+        # Not the largest scales: 6 * 2 ** 127 is more than bf16 holds.
         values = unpack(blocks & mask, scales)[:, :253].contiguous()
         again = unpack(*quantize(values))
         assert torch.equal(again, values)
@@ -47,7 +47,7 @@ def test_unchanged_blocks_keep_their_bytes() -> None:
     weights = unpack(blocks, scales)
     kept_blocks, kept_scales = requantize(weights, blocks, scales)
     assert torch.equal(kept_blocks, blocks) and torch.equal(kept_scales, scales)
-    assert not torch.equal(quantize(weights)[1], scales)  # it does take the bytes to be kept
+    assert not torch.equal(quantize(weights)[1], scales)  # quantize alone writes other bytes
 
     weights[3, 5, 40] += 1
     changed_blocks, changed_scales = requantize(weights, blocks, scales)
@@ -57,14 +57,14 @@ def test_unchanged_blocks_keep_their_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", ["normal", "outlier", "uniform", "top"])
-def test_no_scale_is_better(kind: str) -> None:
+def test_no_other_scale_has_a_smaller_error(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(1, 500, 32, generator=generator) * 0.02
     if kind == "outlier":
         weights[..., 0] *= 20
     elif kind == "uniform":
         weights = torch.rand(1, 500, 32, generator=generator)
-    elif kind == "top":  # where cutting the maximum off is worth it
+    elif kind == "top":  # blocks for which it is better to cut off the maximum
         weights = 0.25 + 0.01 * weights
         weights[..., 0] = 4.1
     weights = weights.bfloat16()
@@ -74,7 +74,7 @@ def test_no_scale_is_better(kind: str) -> None:
     by_maximum = torch.frexp(weights.float().abs().amax(-1)).exponent - 3 + 127
     best = 105 + every.argmin(0).squeeze(-1)
     if kind != "top":
-        assert (best != by_maximum).any()  # the maximum alone would have done worse
+        assert (best != by_maximum).any()  # the scale of the maximum alone is worse somewhere
 
 
 def test_all_three_scales_are_needed() -> None:
@@ -89,7 +89,7 @@ def test_all_three_scales_are_needed() -> None:
     assert seen == {-1, 0, 1}
 
 
-def test_infinite_weights_are_refused() -> None:
+def test_infinite_weights_and_rows_of_other_lengths_are_refused() -> None:
     weights = torch.zeros(1, 1, 32)
     weights[0, 0, 3] = float("inf")
     with pytest.raises(UserError, match="infinite or NaN"):

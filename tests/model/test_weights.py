@@ -1,4 +1,4 @@
-"""What each rank reads and keeps of a checkpoint, and the memory it takes."""
+"""The published weights: which rows are read, and how much memory each rank takes to load them."""
 
 import json
 import os
@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
+from finetune.errors import UserError
+from finetune.model.mxfp4 import unpack
+from finetune.model.weights import BaseWeights
 from helpers.paths import CPU_ENVS, REPO
 from tiny_gpt_oss import random_mxfp4
 
@@ -19,7 +22,7 @@ MIB = 2**20
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Mostly experts, 403 MB in bf16 and 107 MB in MXFP4; a file for each layer."""
+    """A model of mostly experts, 403 MB in bf16 and 107 MB in MXFP4, with a file for each layer."""
     folder = tmp_path_factory.mktemp("models") / "experts"
     config = GptOssConfig(
         num_hidden_layers=4,
@@ -53,8 +56,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(checkpoint: Path, config: str, how: str, file: Path, **envs: str) -> list[dict[str, int]]:
-    """What four ranks take to load it: "peak" and "after", in bytes."""
+def load(checkpoint: Path, config: str, how: str, file: Path) -> list[dict[str, int]]:
+    """Load it on four ranks; return what each takes, "peak" and "after", in bytes."""
     command = [
         str(Path(sys.executable).with_name("accelerate")),
         "launch",
@@ -62,16 +65,14 @@ def load(checkpoint: Path, config: str, how: str, file: Path, **envs: str) -> li
         *("--num_machines=1", "--num_processes=4", "--main_process_port=0"),
         *(str(REPO / "tests/helpers/loading_memory.py"), str(checkpoint), how, str(file)),
     ]
-    paths = os.pathsep.join((CPU_ENVS["PYTHONPATH"], str(REPO / "sft")))
-    # What is freed is given back at once.
+    # malloc then returns freed memory to the system at once, so that it does not count.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    environment = os.environ | CPU_ENVS | allocator | {"PYTHONPATH": paths} | envs
-    subprocess.run(command, env=environment, check=True)
+    subprocess.run(command, env=os.environ | CPU_ENVS | allocator, check=True)
     return json.loads(file.read_text())
 
 
 def size_of(checkpoint: Path, *, dequantized: bool) -> int:
-    """Bytes of all weights, in bf16 or as they are stored."""
+    """The bytes of all weights, in bf16 or as they are stored."""
     total = 0
     for file in checkpoint.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
@@ -82,18 +83,43 @@ def size_of(checkpoint: Path, *, dequantized: bool) -> int:
     return total
 
 
-def test_no_rank_holds_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
-    """A quarter of it in fp32 is half of it in bf16; one stack of experts more while it reads."""
+def test_a_rank_that_shards_never_holds_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
+    """It keeps a quarter of it, in fp32: as much as half of it in bf16. While it reads it holds one
+    stack of experts more.
+    """
     whole = size_of(checkpoint, dequantized=True)
     for rank in load(checkpoint, "fsdp2.yaml", "recipe", tmp_path / "figures.json"):
         assert whole / 2 <= rank["after"] + 8 * MIB
         assert rank["peak"] < 0.75 * whole
 
 
-def test_a_packed_base_is_all_that_is_held(checkpoint: Path, tmp_path: Path) -> None:
-    """Beyond the model less than a file of it."""
+def test_loading_a_packed_base_takes_little_more_than_the_base(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """At its peak the memory of the packed model, and less than one of its files more."""
     packed = size_of(checkpoint, dequantized=False)
     largest = max(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
     for rank in load(checkpoint, "ddp.yaml", "recipe", tmp_path / "figures.json"):
         assert rank["after"] < packed + 8 * MIB
         assert rank["peak"] < packed + largest
+
+
+def test_any_rows_of_a_weight_are_read_alone(tiny_model: Path) -> None:
+    weights, stored = BaseWeights(str(tiny_model)), load_file(tiny_model / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert weights.is_packed(name) and name not in stored
+    dense = unpack(stored[f"{name}_blocks"], stored[f"{name}_scales"]).transpose(1, 2)
+    assert weights.shape(name) == dense.shape
+    assert weights.dense(name).equal(dense)
+    assert weights.dense(name, start=1, stop=3).equal(dense[1:3])
+    blocks = weights.rows(f"{name}_blocks", start=1, stop=3)
+    assert blocks.equal(stored[f"{name}_blocks"][1:3])
+
+    name = "model.embed_tokens.weight"
+    assert not weights.is_packed(name) and weights.shape(name) == stored[name].shape
+    assert weights.dense(name, start=5).equal(stored[name][5:])
+
+
+def test_a_missing_weight_is_named(tiny_model: Path) -> None:
+    with pytest.raises(UserError, match="lack model.layers.9.input_layernorm.weight"):
+        BaseWeights(str(tiny_model)).dense("model.layers.9.input_layernorm.weight")
