@@ -1,12 +1,16 @@
-"""gpt-oss as it is trained here: its weights, attention, experts and LoRA.
+"""gpt-oss for training: its weights, attention, experts and LoRA.
 
 In: a hub name or a folder in the published layout. Out: a GptOssForCausalLM whose frozen experts
-stay in MXFP4, or a model on the meta device whose weights each FSDP2 rank reads by itself.
+stay in MXFP4, or a model on the meta device, of which each FSDP2 rank then reads its own rows.
 
 loading.load_model, load_tokenizer, load_config
-weights.BaseWeights             the published checkpoint's tensors, read by rows
+weights.WeightSource            weights by name, read by rows; BaseWeights is the published model
+weights.fill, shard_and_fill    give a model its weights; on all ranks in full, or in shards
 attention.choose_attention      the fastest implementation that equals eager on this machine
+experts.register_experts        grouped GEMMs for the experts, as an implementation of transformers
 experts.use_grouped_lora        LoRA on experts beside their frozen weights
-mxfp4.Mxfp4Weight               a frozen stack of experts, unpacked while it is used
-lora.lora_config, flops.flops_per_token
+mxfp4.Mxfp4Weight               a frozen stack of experts, unpacked while it is used (kernels.py)
+quantize.quantize, requantize   bf16 back to MXFP4
+lora.lora_config                what LoRA adapts
+flops.flops_per_token           for MFU
 """
