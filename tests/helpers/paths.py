@@ -1,4 +1,4 @@
-"""Where things lie in this repository, and what lets processes run without a GPU."""
+"""Paths of this repository, and the environment in which train.py runs without a GPU."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ TASK_FILES = sorted(REPO.glob("*.yaml"))
 
 
 def python_path(*folders: str) -> str:
-    """PYTHONPATH with these folders of the repository before what it already holds."""
+    """A value for PYTHONPATH: these folders of the repository, then what it already holds."""
     before = filter(None, [os.environ.get("PYTHONPATH")])
     return os.pathsep.join([*(str(REPO / folder) for folder in folders), *before])
 

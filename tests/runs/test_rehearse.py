@@ -1,4 +1,4 @@
-"""Each task file, unmodified, rehearsed to its end by the command of the README."""
+"""Each task file, unmodified, rehearsed to its end by the README's command."""
 
 import os
 import subprocess
@@ -8,55 +8,86 @@ from pathlib import Path
 import pytest
 
 from helpers.paths import REPO, TASK_FILES
-from rehearse import map_mounts
+from rehearse import added_flags, given_flags, map_mounts
 
 
-@pytest.mark.parametrize("task_file", TASK_FILES, ids=lambda path: path.stem)
-def test_task_file_runs_to_its_end(task_file: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "tests/rehearsal/rehearse.py", task_file.name],
+def rehearse(*arguments: str, **envs: str) -> subprocess.CompletedProcess[str]:
+    """Run rehearse.py. TRAIN_ARGS is set only if envs gives it, whatever the environment has."""
+    inherited = {name: value for name, value in os.environ.items() if name != "TRAIN_ARGS"}
+    return subprocess.run(
+        [sys.executable, "tests/rehearsal/rehearse.py", *arguments],
         cwd=REPO,
+        env=inherited | envs,
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.parametrize("task_file", TASK_FILES, ids=lambda path: path.stem)
+def test_a_task_file_runs_to_its_end(task_file: Path) -> None:
+    result = rehearse(task_file.name)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "processes: 2" in result.stdout
     assert "killed, as a preempted node is" in result.stdout
     assert "resuming from" in result.stdout
 
 
+def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
+    result = rehearse(
+        "gpt-oss-20b-lora.yaml", TRAIN_ARGS="--max_length 8 --learning-rate=1e-3 --save_steps 2"
+    )
+    assert "rehearsal sets: --use_cpu true --max_steps 12\n" in result.stdout
+    # Every conversation is longer than eight tokens, so the user's max_length was used.
+    assert result.returncode == 1
+    assert "error: nothing is left to train on" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("train_args", "added"),
+    [
+        (
+            "",
+            "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4",
+        ),
+        (
+            "--max_length 2048 --lora_r=4",
+            "--use_cpu true --max_steps 12 --learning_rate 1e-2 --save_steps 4",
+        ),
+        ("--max-steps=20 --learning_rate 1e-4 --save_steps 5 --max_length 99", "--use_cpu true"),
+    ],
+)
+def test_the_rehearsal_sets_what_the_user_does_not(
+    train_args: str, added: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRAIN_ARGS", train_args)
+    assert added_flags(given_flags()) == added
+
+
 def test_bad_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text("{broken\n")
-    result = subprocess.run(
-        [
-            sys.executable,
-            "tests/rehearsal/rehearse.py",
-            "gpt-oss-20b-lora.yaml",
-            f"--dataset={tmp_path / 'my.jsonl'}",
-        ],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-    )
+    result = rehearse("gpt-oss-20b-lora.yaml", f"--dataset={tmp_path / 'my.jsonl'}")
     assert result.returncode == 1
     assert "my.jsonl:1: not JSON" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
 def test_a_misspelt_flag_is_named() -> None:
-    result = subprocess.run(
-        [sys.executable, "tests/rehearsal/rehearse.py", "gpt-oss-20b-lora.yaml"],
-        cwd=REPO,
-        env=os.environ | {"TRAIN_ARGS": "--lerning_rate 1e-4"},
-        capture_output=True,
-        text=True,
-    )
+    result = rehearse("gpt-oss-20b-lora.yaml", TRAIN_ARGS="--lerning_rate 1e-4")
     assert result.returncode == 1
     assert "--lerning_rate" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr
 
 
-def test_only_whole_mount_points_are_mapped() -> None:
+def test_a_file_that_is_no_task_is_named(tmp_path: Path) -> None:
+    task_file = tmp_path / "task.yaml"
+    task_file.write_text("name: nothing\n")
+    result = rehearse(str(task_file))
+    assert result.returncode == 1
+    assert f"error: {task_file} is no task file" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def test_only_complete_mount_points_are_mapped() -> None:
     text = "python /sft/train.py --config /sft/a.yaml x/sft/y /sft2 '/sft'"
     assert (
         map_mounts(text, {"/sft": Path("/repo/sft")})
