@@ -45,7 +45,7 @@ test-fast: check
 
 test: check $(SKY)/.installed
 	$(PYTHON) -m pytest tests
-	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py
+	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed
 	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
