@@ -9,10 +9,11 @@ On a laptop, once the run's folder is copied from the bucket:
     .venv/train/bin/python sft/export.py ./RUN_NAME --format mxfp4 --output ./my-model
 
 What is exported is the run's final artifact or, if there is none, its newest complete checkpoint,
-also while the run is training. No GPU is needed, and memory for one stack of experts: less than
-16 GB for 120b. Then the artifact is loaded from disk and compared with the trained model. That
-takes memory for the whole model (about 45 GB for 20b) and, without a GPU, minutes; `--verify false`
-leaves it out. If an export was interrupted, call it again: it goes on where it was.
+also while the run is training. No GPU is needed, and memory for about three stacks of experts: less
+than 16 GB for 120b, by arithmetic. Then the artifact is loaded from disk and compared with the
+trained model. That takes memory for the whole model (45 GB for 20b, by arithmetic) and, without a
+GPU, minutes; `--verify false` leaves it out. If an export was interrupted, call it again: it goes
+on where it was.
 """
 
 from dataclasses import dataclass, field
