@@ -1,4 +1,4 @@
-"""What a user gets wrong is one line, before the ranks start."""
+"""preflight.py names in one line what a user got wrong, before the ranks start."""
 
 import json
 import os
@@ -25,7 +25,10 @@ def preflight(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Preflight:
-    """Run preflight.py's main with flags over defaults that pass; what it said on stderr."""
+    """Run preflight.py's main in this process; return its error.
+
+    flags and envs come after defaults that pass.
+    """
 
     def run(*flags: str, **envs: str) -> str:
         for name, value in (CPU_ENVS | envs).items():
@@ -34,15 +37,18 @@ def preflight(
         with pytest.raises(SystemExit) as stopped, one_line_errors():
             main()
         assert stopped.value.code == 1
-        said = capsys.readouterr().err
-        assert said.count("error:") == 1
-        return said[said.index("error:") :]
+        printed = capsys.readouterr().err
+        assert printed.count("error:") == 1
+        return printed[printed.index("error:") :]
 
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flag", "status"), [("--max_length=256", 0), ("--max_length=8", 1)])
-def test_the_script_itself(tiny_model: Path, tmp_path: Path, flag: str, status: int) -> None:
+def test_the_scripts_exit_status_is_that_of_its_checks(
+    tiny_model: Path, tmp_path: Path, flag: str, status: int
+) -> None:
     result = subprocess.run(
         [sys.executable, str(REPO / "sft/preflight.py"), *defaults(tiny_model, tmp_path), flag],
         env=os.environ | CPU_ENVS,
@@ -66,7 +72,7 @@ def test_the_script_itself(tiny_model: Path, tmp_path: Path, flag: str, status: 
         (["--output_dir=/proc/nowhere"], "cannot be written"),
     ],
 )
-def test_wrong_flags(preflight: Preflight, flags: list[str], message: str) -> None:
+def test_a_wrong_flag_is_named(preflight: Preflight, flags: list[str], message: str) -> None:
     assert message in preflight(*flags)
 
 
@@ -78,24 +84,30 @@ def test_wrong_flags(preflight: Preflight, flags: list[str], message: str) -> No
         ('{"question": "x", "answer": "y"}\n', "columns question, answer"),
     ],
 )
-def test_wrong_data(preflight: Preflight, tmp_path: Path, content: str, message: str) -> None:
+def test_a_wrong_row_or_an_empty_file_is_named(
+    preflight: Preflight, tmp_path: Path, content: str, message: str
+) -> None:
     (tmp_path / "data.jsonl").write_text(content)
     assert message in preflight(f"--dataset_name={tmp_path / 'data.jsonl'}")
 
 
-def test_not_gpt_oss(preflight: Preflight, tmp_path: Path) -> None:
+def test_a_model_that_is_not_gpt_oss_is_refused(preflight: Preflight, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"}))
     assert "not gpt_oss" in preflight(f"--model_name_or_path={tmp_path}")
 
 
-def test_no_weights(preflight: Preflight, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_without_weights_is_refused(
+    preflight: Preflight, tiny_model: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(
         tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors*")
     )
     assert "no safetensors in" in preflight(f"--model_name_or_path={folder}")
 
 
-def test_no_tokenizer(preflight: Preflight, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_tokenizer_is_refused(
+    preflight: Preflight, tiny_model: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     shutil.copy(tiny_model / "config.json", folder)
@@ -103,23 +115,23 @@ def test_no_tokenizer(preflight: Preflight, tiny_model: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("key", ["secret", "s3cr3t!" * 6, "secret" * 7 + "\n"])
-def test_a_malformed_wandb_key(preflight: Preflight, key: str) -> None:
+def test_a_malformed_wandb_key_is_refused_and_not_printed(preflight: Preflight, key: str) -> None:
     line = preflight(WANDB_API_KEY=key)
     assert "WANDB_API_KEY is not a key" in line and key.strip() not in line
 
 
-def test_bucket_not_mounted(preflight: Preflight) -> None:
+def test_a_bucket_that_is_not_mounted_is_named(preflight: Preflight) -> None:
     line = preflight("--output_dir=/checkpoints/run", CHECKPOINT_BUCKET="mine")
     assert "nothing is mounted at /checkpoints" in line
 
 
-def test_no_gpu(preflight: Preflight) -> None:
+def test_a_node_with_too_few_gpus_is_refused(preflight: Preflight) -> None:
     line = preflight(ACCELERATE_USE_CPU="false", SKYPILOT_NUM_GPUS_PER_NODE="80")
     assert "GPUs are usable, 80 wanted" in line
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk(preflight: Preflight, tmp_path: Path) -> None:
+def test_a_full_disk_is_refused(preflight: Preflight, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)

@@ -8,11 +8,20 @@ import matplotlib
 matplotlib.use("Agg")  # a node has no display
 
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 
 def plot_losses(log_history: list[dict[str, Any]], file: Path, *, title: str | None) -> None:
-    """Draw training and evaluation loss over optimizer steps; file: a .png, its folder is made.
+    """Write draw_losses' figure to file, a .png whose folder is made if it is missing."""
+    figure = draw_losses(log_history, title=title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def draw_losses(log_history: list[dict[str, Any]], *, title: str | None) -> Figure:
+    """Training and evaluation loss over optimizer steps.
 
     log_history: TrainerState's, of every launch of the run.
     """
@@ -33,9 +42,7 @@ def plot_losses(log_history: list[dict[str, Any]], file: Path, *, title: str | N
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
-    pyplot.close(figure)
+    return figure
 
 
 def curve(log_history: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
