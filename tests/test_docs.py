@@ -185,6 +185,7 @@ def pasted_outputs() -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "pasted"), pasted_outputs(), ids=ids([command for command, _ in pasted_outputs()])
 )
@@ -241,6 +242,7 @@ def test_messages_in_tables_are_those_of_the_code() -> None:
             assert any(fragment in text for text in texts), (message, fragment)
 
 
+@pytest.mark.slow
 def test_python_of_the_readme_loads_an_adapter_and_answers() -> None:
     (block,) = blocks(README, "python")
     code = block.text.replace("openai/gpt-oss-20b", str(EARLIER_RUN / "model"))
