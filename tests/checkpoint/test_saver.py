@@ -103,11 +103,13 @@ class Run:
 
     def step_until(self, phase: Phase) -> None:
         """Train until the saver is in this phase; all that it waits for must have ended."""
-        deadline = time.monotonic() + DEADLINE
-        while self.phase is not phase:
-            self.step()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)  # a poll of a job that is about to end
+
+        def is_there() -> bool:
+            if self.phase is not phase:
+                self.step()
+            return self.phase is phase
+
+        await_true(is_there)
 
     def save(self, step: int) -> Path:
         """Start a save without tensors; its folder."""
@@ -122,6 +124,14 @@ class Run:
         self.step_until(Phase.IDLE)
         assert check_complete(folder) is None
         return folder
+
+
+def await_true(condition: Callable[[], bool]) -> None:
+    """Poll for what another thread is about to do."""
+    deadline = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def write_file(folder: Path) -> None:
@@ -294,6 +304,7 @@ def test_finish_waits_until_the_save_is_complete(run: Run) -> None:
         ended.set()
 
     thread = start_thread(finish)
+    await_true(lambda: run.saver.is_waiting)
     for name in ("scheduler.pt", MANIFEST):
         upload = run.uploader.next()
         assert upload.names == [name]
