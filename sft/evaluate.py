@@ -1,11 +1,12 @@
-"""Did it help? The base model and what a run made of it, on the conversations the run held out.
+"""Did it help? Compares the base model and the trained one on what the run held out.
 
     python sft/evaluate.py RUN [--num_generations 8] [--max_new_tokens 512]
         [--model BASE] [--dataset FILE_OR_NAME]
 
-RUN: a run's folder, or its `final`. Prints a table and some turns side by side, and leaves
-evaluation.json in `final`; with WANDB_API_KEY it goes to the run's own W&B run too. On one GPU, or
-on CPU; an adapter's base stays in MXFP4.
+RUN is the folder of a run, or its `final`. Prints a table of losses by channel and some generated
+turns side by side, and writes evaluation.json into `final`. With WANDB_API_KEY set, the figures go
+to the run's own W&B run as well. It runs on one GPU, or on a CPU; the base of an adapter stays in
+MXFP4.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +19,12 @@ from finetune.command_line import CommandLine
 class EvaluateArguments:
     """What to evaluate, and on what."""
 
-    num_generations: int = field(default=8, metadata={"help": "Turns to generate, by each model."})
-    max_new_tokens: int = field(default=512, metadata={"help": "Of a turn, where it is cut."})
+    num_generations: int = field(
+        default=8, metadata={"help": "How many turns each model generates."}
+    )
+    max_new_tokens: int = field(
+        default=512, metadata={"help": "Tokens after which a generated turn is cut."}
+    )
     model: str | None = field(
         default=None, metadata={"help": "The base model; by default that of the run."}
     )
@@ -30,7 +35,7 @@ class EvaluateArguments:
 
 def command_line() -> CommandLine:
     parser = CommandLine(EvaluateArguments, description=__doc__)
-    parser.add_argument("run", type=Path, help="a run's folder, or its `final`")
+    parser.add_argument("run", type=Path, help="the folder of a run, or its `final`")
     return parser
 
 
@@ -40,54 +45,55 @@ if __name__ == "__main__":
 import gc
 import json
 import os
-import random
 from typing import Any
 
-from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
 from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, SUMMARY
-from finetune.checkpoint.fingerprint import RunRecord
-from finetune.data.dataset import load_conversations, load_splits, tokenize
-from finetune.data.harmony import Encoder
-from finetune.data.harmony_parser import ChannelReader
-from finetune.data.options import DataArguments
-from finetune.errors import UserError, one_line_errors
-from finetune.evaluation.generation import Prompt, generate, make_prompt, read_turns, shares
+from finetune.data.dataset import tokenize
+from finetune.errors import one_line_errors
+from finetune.evaluation.comparison import TestSet, compare_evaluations, evaluate_model
+from finetune.evaluation.held_out import finished_run, held_out_conversations, sample_prompts
 from finetune.evaluation.report import print_report, send_to_wandb
-from finetune.evaluation.scoring import compare_scores, score
 from finetune.model.attention import choose_attention
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_model, load_tokenizer
 from finetune.model.weights import BaseWeights
 
+DEFAULT_MAX_LENGTH = 4096  # tokens of a packed row, where the run set no --max_length
 
-def evaluate(run: Path, args: EvaluateArguments) -> dict[str, Any]:
+
+def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
     """Write evaluation.json and return what it holds. Raises UserError."""
-    artifact = run if (run / SUMMARY).is_file() else run / ARTIFACT
-    trained = read_run(artifact)
-    rows = held_out_conversations(trained, args.dataset)
+    artifact = run_dir if (run_dir / SUMMARY).is_file() else run_dir / ARTIFACT
+    run = finished_run(artifact)
+    rows = held_out_conversations(run, args.dataset)
     tokenizer = load_tokenizer(str(artifact))
-    tokens = tokenize(rows, tokenizer, trained.data, max_length=trained.max_length)
-    prompts = some_prompts(rows, tokenizer, trained.data, args.num_generations)
-    judge = Judge(tokenizer, tokens, prompts, trained.max_length, args.max_new_tokens)
+    test_set = TestSet(
+        tokens=tokenize(rows, tokenizer, run.data, max_length=run.max_length),
+        prompts=sample_prompts(rows, tokenizer, run.data, args.num_generations),
+        max_length=run.max_length or DEFAULT_MAX_LENGTH,
+        max_new_tokens=args.max_new_tokens,
+    )
 
-    base = load(args.model or trained.model, None if args.model else trained.model_revision)
-    before = judge(base)
+    base = load(args.model or run.model, revision=None if args.model else run.model_revision)
+    before = evaluate_model(base, tokenizer, test_set)
     if (artifact / "adapter_config.json").is_file():
         model = PeftModel.from_pretrained(base, artifact)
         use_grouped_lora(model)
     else:
         del base
-        gc.collect()  # two models need not fit
-        model = load(str(artifact), None)
+        gc.collect()  # memory may not hold two models at once
+        model = load(str(artifact), revision=None)
+    after = evaluate_model(model, tokenizer, test_set)
+
     evaluation = {
-        "model": args.model or trained.model,
-        "dataset": args.dataset or f"{trained.dataset}, held out",
-        "conversations": len(tokens),
-        **compare_answers(before, judge(model), prompts),
+        "model": args.model or run.model,
+        "dataset": args.dataset or f"{run.dataset}, held out",
+        "conversations": len(test_set.tokens),
+        **compare_evaluations(before, after, test_set.prompts),
     }
     (artifact / EVALUATION).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
     print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
@@ -96,105 +102,12 @@ def evaluate(run: Path, args: EvaluateArguments) -> dict[str, Any]:
     return evaluation
 
 
-def compare_answers(
-    before: dict[str, Any], after: dict[str, Any], prompts: list[Prompt]
-) -> dict[str, Any]:
-    """What the Judge found of two models, as evaluation.json has it: pairs of [before, after]."""
-    return {
-        "loss": compare_scores(before["scores"], after["scores"]),
-        "generated": len(prompts),
-        **{name: [before["shares"][name], after["shares"][name]] for name in after["shares"]},
-        "generations": [
-            {"question": prompt.question, "language": prompt.language, "before": old, "after": new}
-            for prompt, old, new in zip(prompts, before["turns"], after["turns"], strict=True)
-        ],
-    }
-
-
-def read_run(artifact: Path) -> RunRecord:
-    """What the run trained on what. Raises UserError."""
-    run_dir = artifact.parent
-    if not run_dir.is_dir():
-        raise UserError(f"there is no run at {run_dir}: give the folder that training wrote to")
-    try:
-        summary = json.loads((artifact / SUMMARY).read_text())
-    except (OSError, ValueError):
-        raise UserError(
-            f"the run at {run_dir} has not finished: {artifact} has no whole {SUMMARY}; "
-            "launch it again, it goes on from its newest checkpoint"
-        ) from None
-    if "run" not in summary:
-        raise UserError(f"{artifact / SUMMARY} does not say what was trained: train once more")
-    return RunRecord.from_json(summary["run"], file=artifact / SUMMARY)
-
-
-def held_out_conversations(trained: RunRecord, dataset: str | None) -> Dataset:
-    """The conversations that the run evaluated on, or all of another dataset. Raises UserError."""
-    if dataset is not None:
-        return load_conversations(dataset)
-    if trained.eval_strategy == "no":
-        raise UserError(
-            "the run held nothing out: give --dataset FILE_OR_NAME, or train with "
-            "--eval_strategy epoch --test_split_size 0.02"
-        )
-    _, rows = load_splits(
-        trained.script_arguments(),
-        eval_strategy=trained.eval_strategy,
-        test_split_size=trained.data.test_split_size,
-        seed=trained.seed,
-    )
-    assert rows is not None
-    return rows
-
-
-def some_prompts(
-    rows: Dataset, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, number: int
-) -> list[Prompt]:
-    """Of conversations drawn at random, always the same ones."""
-    encoder = Encoder(tokenizer)
-    order = random.Random(0).sample(range(len(rows)), len(rows))
-    prompts: list[Prompt] = []
-    for index in order:
-        if len(prompts) >= number:
-            break
-        prompt = make_prompt(json.loads(rows[index]["conversation"]), encoder, data_args)
-        prompts += [prompt] if prompt is not None else []
-    return prompts
-
-
-def load(model_id: str, revision: str | None) -> PreTrainedModel:
-    """A model that scores and generates. revision: a commit of the hub's, unused for a folder."""
+def load(model_id: str, *, revision: str | None) -> PreTrainedModel:
+    """A model that scores and generates. revision: a commit on the hub; not used for a folder."""
     weights = BaseWeights(model_id, revision=revision or "main")
     model = load_model(weights, attn_implementation=choose_attention(), dequantize=False)
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     return model.requires_grad_(False).eval()
-
-
-@dataclass
-class Judge:
-    """What is asked of every model."""
-
-    tokenizer: PreTrainedTokenizerBase
-    tokens: Dataset
-    prompts: list[Prompt]
-    max_length: int | None
-    max_new_tokens: int
-
-    def __call__(self, model: PreTrainedModel) -> dict[str, Any]:
-        reader = ChannelReader(self.tokenizer)
-        model.eval()
-        scores = score(model, self.tokens, reader, max_length=self.max_length or 4096)
-        limit = self.max_new_tokens
-        written = generate(model, self.tokenizer, self.prompts, max_new_tokens=limit)
-        turns = read_turns(written, self.prompts, reader)
-        return {
-            "scores": scores,
-            "shares": shares(turns, written, self.prompts, max_new_tokens=limit),
-            "turns": [
-                {"text": self.tokenizer.decode(ids, skip_special_tokens=False), "problem": problem}
-                for ids, problem in zip(written, (turn.problem for turn in turns), strict=True)
-            ],
-        }
 
 
 if __name__ == "__main__":

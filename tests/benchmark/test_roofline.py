@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from transformers import GptOssForCausalLM
 
 from finetune.benchmark.synthetic import make_config
+from finetune.benchmark.traffic import Parameters, bytes_between_gpus, count_parameters
+from finetune.errors import UserError
 from helpers.paths import REPO, TASK_FILES
-from roofline import Parameters, bytes_moved, count_parameters
+from helpers.task_files import PLACES, task_with_flag
+from roofline import RooflineArguments, main, step_of
 
 BOUNDS = {
     "gpt-oss-20b-lora": "computing",
@@ -19,19 +23,23 @@ BOUNDS = {
 }
 
 
-def test_every_recipe_has_its_bound() -> None:
-    """As the docstring says; of 20b-sft the seconds too, from the published 20.9 B parameters."""
+def printed_rows(output: str) -> dict[str, list[str]]:
+    return {
+        cells[0]: cells[1:]
+        for line in output.splitlines()
+        if len(cells := re.findall(r"[^\s│|]+", line)) == 9 and cells[0] in BOUNDS
+    }
+
+
+def test_every_recipe_is_bound_by_what_the_docstring_says() -> None:
+    """Of 20b-sft the seconds too, from the published 20.9 B parameters."""
     result = subprocess.run(
         [sys.executable, str(REPO / "sft/roofline.py"), *map(str, TASK_FILES)],
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    rows = {
-        cells[0]: cells[1:]
-        for line in result.stdout.splitlines()
-        if len(cells := re.findall(r"[^\s│|]+", line)) == 9 and cells[0] in BOUNDS
-    }
+    rows = printed_rows(result.stdout)
     assert {name: cells[4] for name, cells in rows.items()} == BOUNDS
     # All weights twice in bf16 but for the head, which is gathered once, and once in fp32.
     gathered_and_reduced = 20.9e9 * (2 * 2 + 4) - 201088 * 2880 * 2
@@ -45,12 +53,56 @@ def test_every_recipe_has_its_bound() -> None:
     )
 
 
-def test_parameters_are_the_models() -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_a_larger_rank_moves_as_much_more_wherever_it_is_given(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, flag = "gpt-oss-20b-lora", "--lora_r 64"
+    original = step_of(REPO / f"{name}.yaml", mfu=0.3)
+    task = task_with_flag(name, flag, place, folder=tmp_path, monkeypatch=monkeypatch)
+    assert step_of(task, mfu=0.3).moving == pytest.approx(8 * original.moving)  # r is 8 in the file
+    main(RooflineArguments(), [task])
+    assert printed_rows(capsys.readouterr().out)[name][3] == f"{8 * original.moving:.3f}"
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    command = [sys.executable, "-X", "importtime", str(REPO / "sft/roofline.py"), "--help"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "--mfu" in result.stdout
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "finetune.command_line" in imported
+    assert not imported & {"torch", "transformers", "datasets"}
+
+
+@pytest.mark.parametrize(
+    "file, reason",
+    [
+        ("nowhere.yaml", "FileNotFoundError"),
+        ("README.md", "ScannerError"),
+        ("sft/ddp.yaml", "KeyError"),  # YAML, but no task
+        ("sft/serve.yaml", ""),  # a task, but not one that trains
+    ],
+)
+def test_a_file_that_is_no_task_of_this_repository_is_named_in_one_line(
+    file: str, reason: str
+) -> None:
+    with pytest.raises(UserError, match=f"{file} is no task file like those .*{reason}") as error:
+        main(RooflineArguments(), [REPO / file])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mfu", [0.0, -0.3, 30.0, float("nan")])
+def test_an_mfu_that_is_no_share_is_refused(mfu: float) -> None:
+    with pytest.raises(UserError, match="--mfu"):
+        main(RooflineArguments(mfu=mfu), TASK_FILES)
+
+
+def test_parameters_are_as_many_as_the_model_has() -> None:
     config = make_config("20b", tiny=True)
     counted = count_parameters(config, lora_r=8).model
     assert counted == GptOssForCausalLM(config).num_parameters()
 
 
-def test_an_adapter_is_reduced_and_gathered() -> None:
+def test_data_parallel_lora_all_reduces_its_adapter_in_fp32() -> None:
     parameters = Parameters(layers=1000, embedding=100, head=100, adapter=10)
-    assert bytes_moved(parameters, sharded=False, lora=True) == 2 * 4 * 10
+    assert bytes_between_gpus(parameters, sharded=False, lora=True) == 2 * 4 * 10

@@ -1,4 +1,4 @@
-"""Runs of train.py that hold a share out, then the base model beside what came of it."""
+"""Runs of train.py that hold a share out, and evaluate.py on what they leave."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ LORA = ("--use_peft=true", "--lora_r=8", "--lora_alpha=16", "--lora_dropout=0")
 
 
 def held_out_tokens(tiny_model: Path, run_dir: Path, *, date: str) -> Dataset:
-    """As training has it, from its flags."""
+    """The held-out conversations as training tokenises them."""
     flags = [*defaults(tiny_model, run_dir.parent), *HELD_OUT, f"--conversation_start_date={date}"]
     config = parse_args(flags)
     tokenizer = load_tokenizer(str(tiny_model))
@@ -37,7 +37,10 @@ def held_out_tokens(tiny_model: Path, run_dir: Path, *, date: str) -> Dataset:
 
 
 def losses_in_fp32(model: Any, tokens: Dataset, tokenizer: Any) -> dict[str, list[float]]:
-    """Of every learnt token, one conversation at a time, all logits; its channel read as text."""
+    """The loss of each token in the loss, by channel, got another way than scoring.py does.
+
+    One conversation at a time, from all logits; the channel is read from the decoded text.
+    """
     found: dict[str, list[float]] = {}
     for row in tokens:
         ids, labels = torch.tensor(row["input_ids"]), torch.tensor(row["labels"])
@@ -78,7 +81,7 @@ def check_channels(evaluation: dict[str, Any]) -> None:
         assert right / overall["tokens"] == pytest.approx(overall["token_accuracy"][when])
 
 
-def test_lora_helped_and_a_resumed_run_knows_from_where(
+def test_a_resumed_lora_run_is_evaluated_from_its_base_and_the_losses_are_right(
     launch: Launch, tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, flags = tmp_path / "run", (*LORA, *HELD_OUT)
@@ -101,7 +104,7 @@ def test_lora_helped_and_a_resumed_run_knows_from_where(
     evaluation = evaluate(run, EvaluateArguments(num_generations=2, max_new_tokens=6))
     assert evaluation == json.loads((run / "final/evaluation.json").read_text())
     overall = evaluation["loss"]["overall"]
-    # Trainer's is a mean of batches' means.
+    # Trainer reports the mean of the batches' means, so the two differ a little.
     assert overall["loss"] == pytest.approx([before, after], rel=0.01)
     assert overall["loss"][1] < overall["loss"][0]
     assert overall["perplexity"][1] == pytest.approx(
@@ -124,11 +127,13 @@ def test_lora_helped_and_a_resumed_run_knows_from_where(
             assert row["loss"][when] == pytest.approx(sum(values) / len(values), rel=2e-3), name
 
 
-def test_all_weights_helped(launch: Launch, tmp_path: Path) -> None:
+def test_a_run_of_all_weights_is_evaluated_from_its_artifact_alone(
+    launch: Launch, tmp_path: Path
+) -> None:
     result = launch("fsdp2.yaml", *HELD_OUT)
     assert result.returncode == 0, result.stderr
     before, after = json.loads((tmp_path / "run/final/summary.json").read_text())["eval_loss"]
-    # From the artifact's own folder, which may have been downloaded without the rest.
+    # Given the artifact's own folder, which may have been downloaded without the rest.
     evaluation = evaluate(
         tmp_path / "run/final", EvaluateArguments(num_generations=1, max_new_tokens=4)
     )
@@ -138,7 +143,7 @@ def test_all_weights_helped(launch: Launch, tmp_path: Path) -> None:
     check_channels(evaluation)
 
 
-def test_packed_weights_and_packed_rows_score_as_plain_ones(
+def test_packed_weights_and_packed_rows_score_as_bf16_weights_and_single_rows_do(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     tokens = held_out_tokens(tiny_model, tmp_path / "run", date="2026-01-02")
@@ -156,18 +161,22 @@ def test_packed_weights_and_packed_rows_score_as_plain_ones(
         assert row["tokens"] == packed[name]["tokens"]
 
 
-def test_what_a_user_can_get_wrong(tmp_path: Path) -> None:
+def test_a_run_that_is_missing_unfinished_or_held_nothing_out_is_refused(tmp_path: Path) -> None:
     args = EvaluateArguments()
     with pytest.raises(UserError, match="there is no run at"):
         evaluate(tmp_path / "nowhere", args)
     (tmp_path / "run").mkdir()
     with pytest.raises(UserError, match="has not finished"):
         evaluate(tmp_path / "run", args)
-    final = tmp_path / "run/final"
-    final.mkdir()
-    (final / "summary.json").write_text('{"steps": 4')
+    summary = tmp_path / "run/final/summary.json"
+    summary.parent.mkdir()
+    summary.write_text('{"steps": 4')
     with pytest.raises(UserError, match="has not finished"):
         evaluate(tmp_path / "run", args)
-    (final / "summary.json").write_text('{"run": {"eval_strategy": "no"}}')
+    summary.write_text('{"steps": 4}')
+    with pytest.raises(UserError, match="does not say what was trained"):
+        evaluate(tmp_path / "run", args)
+    run = {"model": "m", "model_revision": "r", "dataset": "d", "seed": 0, "use_peft": True}
+    summary.write_text(json.dumps({"run": run | {"eval_strategy": "no"}}))
     with pytest.raises(UserError, match="held nothing out: give --dataset"):
         evaluate(tmp_path / "run", args)

@@ -1,4 +1,4 @@
-"""Prompts are what a server sends; turns end where they end; shares count what they say."""
+"""Prompts are those of a server; generated turns end where they should; shares are right."""
 
 import json
 from pathlib import Path
@@ -47,13 +47,13 @@ def test_a_prompt_is_what_the_server_sends(
     assert make_prompt({"text": "no conversation"}, encoder, data_args) is None
 
 
-def test_padding_is_cut_off_and_the_end_is_kept() -> None:
+def test_padding_after_the_end_of_a_turn_is_cut_off() -> None:
     assert until_end([5, 6, 2, 1, 1], [2, 3]) == [5, 6, 2]
     assert until_end([5, 6, 7], [2, 3]) == [5, 6, 7]
 
 
-def test_attention_is_eager_while_a_model_writes_and_only_then(tiny_model: Path) -> None:
-    """Also through PEFT, and in every layer; with a cache and padding, turns stay what they are."""
+def test_attention_is_eager_during_generation_and_only_then(tiny_model: Path) -> None:
+    """In every layer, also through PEFT. A cache and padding do not change what is generated."""
     weights = BaseWeights(str(tiny_model))
     base = load_model(weights, attn_implementation="eager", dequantize=False)
     lora = lora_config(base, ModelConfig(use_peft=True, lora_dropout=0.0))
@@ -62,17 +62,17 @@ def test_attention_is_eager_while_a_model_writes_and_only_then(tiny_model: Path)
     layers = base.model.layers
     with eager_attention(model):
         assert {layer.self_attn.config._attn_implementation for layer in layers} == {"eager"}
-        written = model.generate(
+        generated = model.generate(
             torch.tensor([[5, 6, 7, 8]]), max_new_tokens=4, do_sample=False, eos_token_id=-1
         )[0, 4:].tolist()
     kept = {layer.self_attn.config._attn_implementation for layer in layers}
     assert kept == {"flash_attention_4"}
     prompts = [Prompt(ids, "?", False, None) for ids in ([5, 6, 7, 8], list(range(20, 60)))]
     short, _ = generate(model, load_tokenizer(str(tiny_model)), prompts, max_new_tokens=4)
-    assert short == written
+    assert short == generated
 
 
-def test_shares() -> None:
+def test_shares_count_valid_cut_and_well_asked_turns_and_are_none_of_nothing() -> None:
     french, klingon = (Prompt([], "?", False, language) for language in ("French", "Klingon"))
     turns = [
         Turn([("analysis", "Il faut dire que non."), ("final", "No.")]),
@@ -80,8 +80,8 @@ def test_shares() -> None:
         Turn([("analysis", "nuqneH")]),
         Turn([("final", "No.")], "it ends without a final answer"),
     ]
-    written = [[1, 2], [1, 2, 3], [1], [1]]
-    counted = shares(turns, written, [french, french, klingon, french], max_new_tokens=3)
+    generated = [[1, 2], [1, 2, 3], [1], [1]]
+    counted = shares(turns, generated, [french, french, klingon, french], max_new_tokens=3)
     assert counted == {"valid_harmony": 0.5, "cut_short": 0.25, "analysis_in_language": 0.5}
     nothing = shares([], [], [], max_new_tokens=3)
     assert set(nothing.values()) == {None}

@@ -1,4 +1,4 @@
-"""The language of a chain of thought, against the one its conversation asks for."""
+"""The language that is recognised, against the one that a conversation asks for."""
 
 import json
 from collections import Counter
@@ -18,19 +18,19 @@ def thoughts() -> list[tuple[str, str]]:
     ]
 
 
-def test_the_shipped_thinking_is_recognised() -> None:
+def test_the_language_of_the_shipped_chains_of_thought_is_recognised() -> None:
     pairs = thoughts()
     assert len({language for language, _ in pairs}) == 10 and len(pairs) > 130
     wrong = [
         (asked, language_of(text), text) for asked, text in pairs if language_of(text) != asked
     ]
     assert len(wrong) <= 0.05 * len(pairs), wrong
-    # One of nine Dutch ones is a sum, which is of no language.
+    # One of the nine in Dutch is only a sum, which has no language.
     misses = Counter(asked for asked, _, _ in wrong)
     assert all(count <= 2 for count in misses.values()), wrong
 
 
-def test_texts_that_nobody_tuned_it_on() -> None:
+def test_every_language_is_recognised_in_a_text_that_the_word_lists_were_not_made_from() -> None:
     """Article 1 of the Universal Declaration of Human Rights."""
     for language, text in {
         "English": "All human beings are born free and equal in dignity and rights. They are "
@@ -52,7 +52,7 @@ def test_texts_that_nobody_tuned_it_on() -> None:
     assert language_of("2 + 2 = 4") is None
 
 
-def test_what_is_asked_for() -> None:
+def test_the_requested_language_is_read_from_its_line_only() -> None:
     assert requested_language("reasoning language: French\n\nYou are terse.") == "French"
     assert requested_language("# Instructions\n\nreasoning language: german") == "German"
     assert requested_language("Speak of the reasoning language: none") is None

@@ -1,4 +1,4 @@
-"""What a person reads of an evaluation, and what reaches W&B."""
+"""What is printed of an evaluation, and what is sent to W&B."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,9 @@ from finetune.evaluation.report import print_report, send_to_wandb
 from helpers.evaluations import EVALUATION
 
 
-def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_figures_turns_and_their_problems_are_printed_and_brackets_are_no_markup(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     print_report(EVALUATION, title="my run")
     printed = capsys.readouterr().out
     for part in (
@@ -27,7 +29,7 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
         assert part in printed, part
 
 
-def test_it_goes_to_the_runs_own_wandb_run(
+def test_an_evaluation_is_sent_to_the_runs_own_wandb_run_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -38,7 +40,7 @@ def test_it_goes_to_the_runs_own_wandb_run(
     for number, run_id in enumerate([None, "my-id"]):
         (tmp_path / f"launches/{number:04}.json").write_text(json.dumps({"wandb_run_id": run_id}))
     send_to_wandb(EVALUATION, run_dir=tmp_path)
-    wandb.teardown()  # else every later run of this process's children shares its service
+    wandb.teardown()  # its service would be shared by the children of later tests
     (run,) = tmp_path.glob("wandb/offline-run-*-my-id")
     logged = (run / "run-my-id.wandb").read_bytes()
     assert b"token_accuracy" in logged and b"valid_harmony" in logged

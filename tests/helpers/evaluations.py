@@ -1,4 +1,4 @@
-"""An evaluation as evaluate.py leaves it."""
+"""An evaluation as evaluate.py writes it."""
 
 from typing import Any
 

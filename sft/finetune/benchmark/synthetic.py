@@ -1,4 +1,4 @@
-"""gpt-oss in true width with random weights, and random conversations: what bench.py trains."""
+"""What bench.py trains: gpt-oss in its true widths with random weights, on random conversations."""
 
 from typing import Any
 
@@ -12,9 +12,10 @@ from finetune.model.loading import load_config, meta_model
 from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
 from finetune.model.weights import restore_buffers
 
-# The mean is the default dataset's: 1.5 million tokens in 1,000 conversations. That lengths are
-# lognormal with this sigma is an assumption; the characters of the 107 conversations of
-# tests/rehearsal/conversations.jsonl have a standard deviation of their logarithm of 0.58.
+# The mean is the default dataset's: 1.5 million tokens in 1,000 conversations. That the lengths are
+# lognormal with this sigma is an assumption. It comes from the 107 conversations of
+# tests/rehearsal/conversations.jsonl: the logarithm of their lengths in characters has a standard
+# deviation of 0.58.
 MEAN_LENGTH, SIGMA = 1500, 0.6
 SIZES = {"20b": {"num_hidden_layers": 24, "num_local_experts": 32}, "120b": {}}
 TINY = {
@@ -30,7 +31,10 @@ TINY = {
 
 
 def make_config(size: str, *, num_layers: int | None = None, tiny: bool = False) -> GptOssConfig:
-    """size: "20b" or "120b"; num_layers: fewer than it has; tiny: neither's widths."""
+    """The config of a model of random weights.
+
+    size: "20b" or "120b". num_layers: fewer than the model has. tiny: small widths, two layers.
+    """
     sizes: dict[str, Any] = SIZES[size] | (TINY if tiny else {})
     if num_layers is not None:
         sizes |= {"num_hidden_layers": num_layers}
@@ -38,16 +42,20 @@ def make_config(size: str, *, num_layers: int | None = None, tiny: bool = False)
 
 
 def config_of(model: str) -> GptOssConfig:
-    """The shapes of a model, without asking the hub for the published ones.
+    """The shapes of a model, given by its name on the hub or its folder.
 
-    model: a hub's name or a folder. Raises UserError if it is neither size and cannot be read.
+    The two published sizes are known here, so that the hub need not be reached. Raises UserError
+    for any other model that cannot be read.
     """
     sizes = [size for size in SIZES if model.endswith(f"gpt-oss-{size}")]
     return make_config(sizes[0]) if sizes else load_config(model)
 
 
 def make_model(config: GptOssConfig, *, packed: bool) -> GptOssForCausalLM:
-    """Random weights, made where they are used: bf16 but, if packed, for frozen MXFP4 experts."""
+    """A model with random weights on the GPU, if there is one: bf16, or if packed, MXFP4 experts.
+
+    They are made on the device: host memory would not hold those of 120b.
+    """
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not packed:
@@ -69,7 +77,7 @@ def make_model(config: GptOssConfig, *, packed: bool) -> GptOssForCausalLM:
 
 
 def random_mxfp4(shape: torch.Size, device: torch.device) -> Mxfp4Weight:
-    """A stack of experts (E, in, out) of standard deviation 0.02."""
+    """Random weights of a stack of experts, (E, in, out): FP4 values times 2^-7, about 0.02."""
     num_experts, inner, out = shape
     groups = (num_experts, out, inner // BLOCK_SIZE)
     blocks = torch.randint(0, 256, (*groups, BLOCK_SIZE // 2), dtype=torch.uint8, device=device)
@@ -77,7 +85,7 @@ def random_mxfp4(shape: torch.Size, device: torch.device) -> Mxfp4Weight:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One that only pads."""
+    """A tokenizer that can do nothing but pad: the conversations are token ids already."""
     pad = "<|endoftext|>"
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(models.WordLevel({pad: 0}, unk_token=pad)),
@@ -87,7 +95,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def conversations(num_tokens: int, *, max_length: int, vocab_size: int) -> Dataset:
-    """Random tokens, at least num_tokens; lengths are lognormal, in proportion to max_length."""
+    """Conversations of random tokens, about half as many again as num_tokens.
+
+    Lengths are lognormal and at most max_length; their mean is MEAN_LENGTH at a max_length of 4096,
+    and shorter or longer in proportion at another.
+    """
     generator = np.random.default_rng(0)
     mean = MEAN_LENGTH * max_length / 4096
     mu = np.log(mean) - SIGMA**2 / 2

@@ -1,4 +1,4 @@
-"""Turns that a model writes when it is asked as vLLM asks it, and what is to be said of them."""
+"""Generates turns from prompts like those of vLLM's server, and counts how many are valid."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +22,16 @@ from finetune.data.harmony_parser import ChannelReader, Turn
 from finetune.data.options import DataArguments
 from finetune.evaluation.language import LANGUAGES, language_of, requested_language
 
-BATCH_SIZE = 8  # prompts at a time
+BATCH_SIZE = 8  # prompts that are answered at once
 
 
 @dataclass
 class Prompt:
-    """A conversation up to its last user turn. language: in which it asks for its analysis."""
+    """A conversation up to its last user turn, with the opening of the answer: token ids.
+
+    question: the text of that user turn. language: the one that the system or developer message
+    asks the analysis to be in, if any.
+    """
 
     ids: list[int]
     question: str
@@ -38,7 +42,7 @@ class Prompt:
 def make_prompt(
     conversation: dict[str, Any], encoder: Encoder, data_args: DataArguments
 ) -> Prompt | None:
-    """None for plain text, and for what has no user's turn."""
+    """The prompt of a conversation; None for plain text and where no turn is a user's."""
     turns = conversation.get("messages") or []
     users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
     if not users:
@@ -66,10 +70,13 @@ def generate(
     *,
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """The likeliest token each time; what follows the prompts, up to the token that ends it."""
+    """The token ids that follow each prompt, up to and with the one that ends the turn.
+
+    Greedy: always the likeliest token. Prompts of a batch are padded on the left.
+    """
     vocabulary, pad = tokenizer.get_vocab(), tokenizer.pad_token_id
     ends = [vocabulary[token] for token in (RETURN, CALL, END_OF_TEXT)]
-    written: list[list[int]] = []
+    generated: list[list[int]] = []
     for first in range(0, len(prompts), BATCH_SIZE):
         rows = [prompt.ids for prompt in prompts[first : first + BATCH_SIZE]]
         width = max(map(len, rows))
@@ -85,43 +92,47 @@ def generate(
                 eos_token_id=ends,
                 pad_token_id=pad,
             )
-        written += [until_end(row, ends) for row in output[:, width:].tolist()]
-    return written
+        generated += [until_end(row, ends) for row in output[:, width:].tolist()]
+    return generated
 
 
 @contextmanager
 def eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """The one implementation known to be right with a cache and with padding on the left."""
+    """Let the model attend by the implementation that handles a cache and padding on the left.
+
+    choose_attention compares the others with eager on packed rows, without a cache.
+    """
     config = model.config
     chosen = config._attn_implementation
     config._attn_implementation = "eager"
     try:
         yield
     finally:
-        # It may be the base of the next model, whose packed rows eager would not keep apart.
+        # The same model is scored next, as the base of an adapter. Its rows are packed, and eager
+        # attention would let their conversations see each other.
         config._attn_implementation = chosen
 
 
 def until_end(ids: list[int], ends: list[int]) -> list[int]:
-    """Without the padding behind the first of the tokens that end a turn."""
+    """The ids up to the first that ends a turn; what follows is padding."""
     last = next((number for number, token in enumerate(ids) if token in ends), len(ids) - 1)
     return ids[: last + 1]
 
 
 def read_turns(
-    written: list[list[int]], prompts: list[Prompt], reader: ChannelReader
+    generated: list[list[int]], prompts: list[Prompt], reader: ChannelReader
 ) -> list[Turn]:
-    pairs = zip(written, prompts, strict=True)
+    pairs = zip(generated, prompts, strict=True)
     return [reader.read(ids, has_tools=prompt.has_tools) for ids, prompt in pairs]
 
 
 def shares(
-    turns: list[Turn], written: list[list[int]], prompts: list[Prompt], *, max_new_tokens: int
+    turns: list[Turn], generated: list[list[int]], prompts: list[Prompt], *, max_new_tokens: int
 ) -> dict[str, float | None]:
-    """Of the turns, 0 to 1: how many are valid harmony, and how many were cut at max_new_tokens;
-    of the analyses that were asked for in a language that language.py knows, how many are in it.
+    """Shares of the turns, 0 to 1, or None where there is nothing to count.
 
-    None: there was nothing to count.
+    valid_harmony and cut_short (at max_new_tokens) are shares of all turns. analysis_in_language is
+    a share of the analyses that were asked for in a language that language.py can recognise.
     """
     asked = [
         prompt.language == language_of(turn.text("analysis"))
@@ -130,7 +141,7 @@ def shares(
     ]
     cut = [
         turn.problem is not None and len(ids) == max_new_tokens
-        for turn, ids in zip(turns, written, strict=True)
+        for turn, ids in zip(turns, generated, strict=True)
     ]
     return {
         "valid_harmony": share([turn.problem is None for turn in turns]),

@@ -1,8 +1,8 @@
-"""Which of a dozen languages a text is written in: by its script, or by its commonest words.
+"""Recognises a dozen languages: by their script, or by their most frequent words.
 
-Of the languages in Latin script only those in WORDS are told apart: a text in any other is taken
-for the most alike. Good for asking whether a chain of thought is in the language that was asked
-for; too little for a collection of unknown texts, and for fewer than about five words.
+Of the languages in Latin script only those in WORDS are known; a text in another one is taken for
+the most similar of them. That is enough to check whether a chain of thought is in the language that
+was asked for. It is not enough for texts of unknown languages, or of fewer than about five words.
 """
 
 import re
@@ -70,12 +70,12 @@ LETTERS = {
     "Italian": "ìòàè",
     "Portuguese": "ãõçâê",
 }
-LISTS = {language: set(words.split()) for language, words in WORDS.items()}
+WORD_SETS = {language: set(words.split()) for language, words in WORDS.items()}
 LANGUAGES = frozenset(WORDS) | frozenset(SCRIPTS.values())
 
 
 def language_of(text: str) -> str | None:
-    """A member of LANGUAGES, or None if the text holds no known word and no known script."""
+    """A member of LANGUAGES, or None if the text has no known word and no known script."""
     found: dict[str, float] = {}
     letters = [letter for letter in text if letter.isalpha()]
     for letter in letters:
@@ -83,23 +83,27 @@ def language_of(text: str) -> str | None:
         for script, language in SCRIPTS.items():
             if name.startswith(script):
                 found[language] = found.get(language, 0) + 1
-    # Kana stand in every Japanese sentence, beside characters that Chinese has too.
+    # A Japanese sentence has kana and characters that Chinese has too: count those as Japanese.
     if "Japanese" in found and found["Japanese"] >= 0.1 * sum(found.values()):
         found["Japanese"] += found.pop("Chinese", 0)
-    # A word of one of these scripts is two or three characters; Latin names stand among them.
+    # A fifth of the letters is enough: a word has only two or three of these characters, and a text
+    # may hold names and terms in Latin letters.
     if found and max(found.values()) >= 0.2 * len(letters):
         return max(found, key=lambda language: found[language])
     return latin_language(text)
 
 
 def latin_language(text: str) -> str | None:
-    """By words that few of the languages share and by letters that few of them have."""
+    """The Latin-script language with the highest score, or None if no word or letter is known.
+
+    A known word counts 1, shared out among the languages that have it; a typical letter 0.25.
+    """
     words = re.findall(r"[^\W\d_]+", text.lower())
     scores = dict.fromkeys(WORDS, 0.0)
     for word in words:
-        of = [language for language, known in LISTS.items() if word in known]
-        for language in of:
-            scores[language] += 1 / len(of)
+        matching = [language for language, known in WORD_SETS.items() if word in known]
+        for language in matching:
+            scores[language] += 1 / len(matching)
     for language, letters in LETTERS.items():
         scores[language] += 0.25 * sum(text.lower().count(letter) for letter in letters)
     best = max(scores, key=lambda language: scores[language])
@@ -107,6 +111,9 @@ def latin_language(text: str) -> str | None:
 
 
 def requested_language(instructions: str) -> str | None:
-    """Of a system or developer message in the manner of HuggingFaceH4/Multilingual-Thinking."""
+    """The language that a system or developer message asks for, or None.
+
+    The messages of HuggingFaceH4/Multilingual-Thinking do so by a line "reasoning language: ...".
+    """
     asked = re.search(r"^reasoning language: *([^\n.,;]+)", instructions, re.I | re.M)
     return asked[1].strip().title() if asked else None

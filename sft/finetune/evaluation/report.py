@@ -1,4 +1,4 @@
-"""An evaluation as a table, with turns side by side, and in the run's own W&B run."""
+"""Shows an evaluation: as tables with turns side by side, and in the run's own W&B run."""
 
 import os
 from pathlib import Path
@@ -19,7 +19,7 @@ SHARES = {
 
 
 def print_report(evaluation: dict[str, Any], *, title: str) -> None:
-    """The figures, then what was generated, before and after."""
+    """Print the figures, then the turns that were generated before and after training."""
     console = Console(width=100)
     table = Table("", "tokens", "loss", "perplexity", "token accuracy", title=title)
     for name, row in evaluation["loss"].items():
@@ -39,11 +39,14 @@ def print_report(evaluation: dict[str, Any], *, title: str) -> None:
     console.print(table)
     table = Table("asked", "before", "after", show_lines=True)
     for row in evaluation["generations"]:
-        table.add_row(Text(short(row["question"])), said(row["before"]), said(row["after"]))
+        table.add_row(
+            Text(short(row["question"])), *(turn_text(row[when]) for when in ("before", "after"))
+        )
     console.print(table)
 
 
 def arrow(values: list[float | None], form: str) -> str:
+    """[before, after] as "before -> after". form: as in format()."""
     return " -> ".join("none" if value is None else format(value, form) for value in values)
 
 
@@ -51,14 +54,17 @@ def short(text: str, *, limit: int = 400) -> str:
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
-def said(turn: dict[str, Any]) -> Text:
-    """A turn, and under it what is wrong with it."""
+def turn_text(turn: dict[str, Any]) -> Text:
+    """A generated turn, and under it, in red, why it is not valid harmony."""
     text = Text(short(turn["text"]))
     return text.append(f"\n({turn['problem']})", style="red") if turn["problem"] else text
 
 
 def send_to_wandb(evaluation: dict[str, Any], *, run_dir: Path) -> None:
-    """Into the summary of the run's own W&B run; says so if none is known."""
+    """Add the evaluation to the run's own W&B run: figures to its summary, turns as a table.
+
+    Prints a line instead if no launch has recorded which W&B run that is.
+    """
     run_id = first_wandb_run(run_dir)
     if run_id is None:
         print(f"W&B: no launch of {run_dir} has left the id of its W&B run: not sent")
