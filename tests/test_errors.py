@@ -21,6 +21,7 @@ with one_line_errors():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", ["all", "0", "1"])
 def test_an_error_of_one_or_all_ranks_is_printed_once(ranks: str, tmp_path: Path) -> None:
     script = tmp_path / "fails.py"

@@ -44,6 +44,7 @@ def figures(num_layers: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_both_paths_are_measured_and_their_progress_is_printed(tmp_path: Path) -> None:
     result = bench("--output", str(tmp_path / "bench.json"), "--trace", str(tmp_path / "traces"))
     assert result.returncode == 0, result.stderr
@@ -61,6 +62,7 @@ def test_both_paths_are_measured_and_their_progress_is_printed(tmp_path: Path) -
             assert f"\n{path}: {step}" in f"\n{result.stderr}", step
 
 
+@pytest.mark.slow
 def test_all_weights_are_trained_by_accelerate_with_fsdp2_in_fp32(tmp_path: Path) -> None:
     flags = ["--use_peft", "false", "--num_layers", "1", "--paths", "recipe"]
     result = bench(*flags, "--output", str(tmp_path / "bench.json"))
@@ -84,6 +86,7 @@ def endless() -> Iterator[list[subprocess.Popen[str]]]:
         benchmark.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use_peft, signum, status", [(False, signal.SIGTERM, 143), (True, signal.SIGINT, 130)]
 )

@@ -37,6 +37,7 @@ def on_both(folder: Path, scenario: str) -> Any:
     return first[scenario]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "message"),
     [
@@ -52,10 +53,12 @@ def test_a_failure_on_one_rank_stops_all(scenario: str, message: str, folder: Pa
     assert check_complete(folder / scenario / "checkpoint-1") is None
 
 
+@pytest.mark.slow
 def test_a_notice_on_one_rank_stops_all(folder: Path) -> None:
     assert on_both(folder, "the_notice_reaches_rank_1") == [True, True]
 
 
+@pytest.mark.slow
 def test_the_clock_of_rank_0_decides_when_all_save(folder: Path) -> None:
     assert on_both(folder, "it_is_time_on_the_clock_of_rank_0") == [True, False]
     assert on_both(folder, "it_is_time_on_the_clock_of_rank_1") == [False, False]

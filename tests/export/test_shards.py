@@ -113,6 +113,7 @@ print(stack, peak_bytes() - before, total)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "num_layers", "stacks"), [("bf16", 8, 3), ("mxfp4", 4, 2)])
 def test_memory_is_that_of_a_few_stacks_of_experts(
     form: str, num_layers: int, stacks: int, tmp_path: Path

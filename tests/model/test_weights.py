@@ -83,6 +83,7 @@ def size_of(checkpoint: Path, *, dequantized: bool) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_a_rank_that_shards_never_holds_the_whole_model(checkpoint: Path, tmp_path: Path) -> None:
     """It keeps a quarter of it, in fp32: as much as half of it in bf16. While it reads it holds one
     stack of experts more.
@@ -93,6 +94,7 @@ def test_a_rank_that_shards_never_holds_the_whole_model(checkpoint: Path, tmp_pa
         assert rank["peak"] < 0.75 * whole
 
 
+@pytest.mark.slow
 def test_loading_a_packed_base_takes_little_more_than_the_base(
     checkpoint: Path, tmp_path: Path
 ) -> None:
