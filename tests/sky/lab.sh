@@ -203,7 +203,11 @@ H100,80,NVIDIA
 H200,141,NVIDIA
 END
   # Managed jobs are controlled by the API server itself, not from a node of their own.
-  printf 'jobs: {controller: {consolidation_mode: true}}\n' > .sky/config.yaml
+  # A Slurm job has ten minutes to get its nodes, instead of two: the last one may still be ending.
+  cat > .sky/config.yaml <<'END'
+jobs: {controller: {consolidation_mode: true}}
+slurm: {provision_timeout: 600}
+END
 )
 
 start_daemons() {

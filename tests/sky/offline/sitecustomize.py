@@ -4,7 +4,8 @@ Before each look at a job SkyPilot's controller asks two public addresses whethe
 and looks no further if they are silent. A job in the lab needs no network but the lab's: SkyPilot's
 API server is asked instead.
 
-SkyPilot gives its API server 60 seconds to start, which a busy machine exceeds.
+SkyPilot gives its API server 60 seconds to start, and a Slurm job as many to end: a busy machine
+exceeds them.
 """
 
 from importlib.machinery import SourceFileLoader
@@ -19,6 +20,8 @@ def exec_and_change(self: SourceFileLoader, module: ModuleType) -> None:
         vars(module)["_TEST_IP_LIST"][:] = ["http://127.0.0.1:46580"]
     if module.__name__ == "sky.server.common":
         vars(module)["WAIT_APISERVER_START_TIMEOUT_SEC"] = 600
+    if module.__name__ == "sky.provision.slurm.instance":
+        vars(module)["_JOB_TERMINATION_TIMEOUT_SECONDS"] = 600
 
 
 SourceFileLoader.exec_module = exec_and_change  # type: ignore[assignment, method-assign]
