@@ -396,7 +396,7 @@ def test_a_failure_in_the_background_stops_training_at_the_next_step(
     # The manifest that was not uploaded is on the disk all the same.
     last = "checkpoint-2" if phase is Phase.COMMITTING else "checkpoint-1"
     with pytest.raises(UserError, match=failure(second, "OSError: the bucket refuses", last)):
-        run.saver.finish()
+        run.step_until(Phase.IDLE)
     assert check_complete(first) is None
 
 
