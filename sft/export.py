@@ -93,6 +93,8 @@ def export(
     connect: makes the hub's client from a token. Raises UserError for whatever the user can mend.
     """
     # All that can be refused is refused before anything is written.
+    if args.num_examples < 1:
+        raise UserError("--num_examples must be at least 1; --verify false compares nothing")
     output, form = args.output, args.format
     api = check_hub(args.push_to_hub, connect=connect) if args.push_to_hub else None
     begun = read_record(output)

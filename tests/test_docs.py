@@ -172,6 +172,18 @@ def test_every_page_is_linked_from_the_readme() -> None:
         assert f"docs/{page.name}" in links(README), page.name
 
 
+def test_the_architecture_names_code_that_exists() -> None:
+    """Each row of its tables that says `names` in `file`."""
+    text = (REPO / "docs/architecture.md").read_text()
+    rows = re.findall(r"\| ((?:`[\w.]+`(?:, )?)+) in `([\w/.]+)` \|", text)
+    assert len(rows) > 40
+    for names, file in rows:
+        code = (REPO / file).read_text()
+        for name in re.findall(r"[\w.]+", names):
+            for part in name.split("."):
+                assert re.search(rf"^ *(?:def|class) {part}\b", code, re.M), f"{part} in {file}"
+
+
 def pasted_outputs() -> list[tuple[str, str]]:
     """(command, output) where a page shows one of these tools and, next, what it prints."""
     found = []

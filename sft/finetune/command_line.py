@@ -35,6 +35,11 @@ def one_line(message: str, known: list[str]) -> str:
 class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """A script's docstring as it is written, and each flag's default behind its help."""
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)" if action.option_strings else action.help
+        return super()._get_help_string(action)
+
 
 class CommandLine(HfArgumentParser):
     """The flags of a small tool, declared as dataclasses; a mistake is one line.

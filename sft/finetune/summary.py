@@ -1,21 +1,19 @@
 """The table a person reads at the end of a run."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from transformers import TrainerState
 
-
-def evaluations(state: "TrainerState") -> dict[str, list[float | None]]:
+def evaluations(log_history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """Loss, perplexity and token accuracy (0 to 1) of the held-out share, each [before, after].
 
-    before is None if no launch of the run evaluated at step 0. Empty if none ever evaluated.
+    log_history: TrainerState's, which spans all launches of the run. before is None if none of them
+    evaluated at step 0. Empty if none ever evaluated.
     """
-    entries = [entry for entry in state.log_history if "eval_loss" in entry]
+    entries = [entry for entry in log_history if "eval_loss" in entry]
     if not entries:
         return {}
     first, last = entries[0] if entries[0]["step"] == 0 else {}, entries[-1]

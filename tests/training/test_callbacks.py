@@ -10,7 +10,6 @@ from transformers import GptOssConfig, GptOssForCausalLM, TrainerControl, Traine
 from trl import SFTConfig
 
 from finetune.model.flops import flops_per_token
-from finetune.summary import as_text, evaluations
 from finetune.training.callbacks import EvaluateAtEnd, Throughput
 
 
@@ -82,25 +81,6 @@ def test_the_time_of_an_evaluation_is_in_no_rate() -> None:
     throughput.on_log(None, state, None, entry)
     assert entry["tokens_per_sec_per_gpu"] == 100.0
     assert throughput.summary(state)["tokens_per_sec_per_gpu"] == 50.0
-
-
-def test_the_first_and_the_last_evaluation_are_reported() -> None:
-    entries = [
-        {"step": 0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.25},
-        {"step": 2, "loss": 1.5},
-        {"step": 4, "eval_loss": 1.0, "eval_mean_token_accuracy": 0.5},
-    ]
-    state = TrainerState(log_history=entries)
-    assert evaluations(state) == {
-        "eval_loss": [2.0, 1.0],
-        "eval_perplexity": [7.3891, 2.7183],
-        "eval_token_accuracy": [0.25, 0.5],
-    }
-    state.log_history = entries[1:]
-    assert evaluations(state)["eval_loss"] == [None, 1.0]
-    state.log_history = entries[1:2]
-    assert evaluations(state) == {}
-    assert as_text([None, 1.0]) == "not evaluated -> 1.0"
 
 
 @pytest.mark.parametrize(("step", "evaluates"), [(3, False), (4, True)])

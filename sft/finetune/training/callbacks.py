@@ -80,7 +80,7 @@ class Throughput(TrainerCallback):
                 self.rate(num_tokens - self.started_tokens, seconds - self.evaluation_seconds), 1
             ),
             "final_loss": round(losses[-1], 4) if losses else None,
-            **evaluations(state),
+            **evaluations(state.log_history),
         }
 
 
