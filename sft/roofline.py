@@ -95,7 +95,7 @@ def step_of(path: Path, *, mfu: float) -> Step:
     tokens = training.max_length * training.per_device_train_batch_size
     model, lora = config_of(config.model_id), config.model.use_peft
     flops = tokens * flops_per_token(model, context=MEAN_LENGTH, lora=lora)
-    parameters = count_parameters(model, lora_r=config.model.lora_r)
+    parameters = count_parameters(model, config.model)
     moved = bytes_between_gpus(parameters, sharded=task.is_sharded, lora=lora)
     links = min(NVLINK, NETWORK) if task.num_nodes > 1 else NVLINK
     unpacked = 0 if config.run.dequantize else bytes_unpacked(model)

@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import GptOssForCausalLM
+from trl import ModelConfig
 
 from finetune.benchmark.synthetic import make_config
 from finetune.benchmark.traffic import Parameters, bytes_between_gpus, count_parameters
@@ -15,6 +16,7 @@ from helpers.paths import REPO, TASK_FILES
 from helpers.task_files import PLACES, task_with_flag
 from roofline import RooflineArguments, main, step_of
 
+LORA = ModelConfig(use_peft=True, lora_r=8, lora_alpha=16, lora_dropout=0.0)
 BOUNDS = {
     "gpt-oss-20b-lora": "computing",
     "gpt-oss-20b-sft": "moving",
@@ -97,10 +99,28 @@ def test_an_mfu_that_is_no_share_is_refused(mfu: float) -> None:
         main(RooflineArguments(mfu=mfu), TASK_FILES)
 
 
-def test_parameters_are_as_many_as_the_model_has() -> None:
+@pytest.mark.parametrize(
+    ("size", "billions", "adapter"), [("20b", 20.9, 92_454_912), ("120b", 116.8, 536_813_568)]
+)
+def test_parameters_are_those_of_the_model_card_and_of_the_shapes(
+    size: str, billions: float, adapter: int
+) -> None:
+    """LoRA's A and B of a weight (in, out) have r * (in + out) parameters."""
+    config = make_config(size)
+    parameters = count_parameters(config, LORA)
+    assert parameters.model / 1e9 == pytest.approx(billions, abs=0.06)
+    hidden, width = config.hidden_size, config.intermediate_size
+    attention = 2 * (hidden + 64 * 64) + 2 * (hidden + 8 * 64)
+    experts = config.num_local_experts * (hidden + 2 * width + width + hidden)
+    assert parameters.adapter == config.num_hidden_layers * 8 * (attention + experts) == adapter
+
+
+def test_a_smaller_lora_target_is_a_smaller_adapter() -> None:
     config = make_config("20b", tiny=True)
-    counted = count_parameters(config, lora_r=8).model
-    assert counted == GptOssForCausalLM(config).num_parameters()
+    attention_only = replace(LORA, lora_target_modules=["q_proj"])
+    assert count_parameters(config, attention_only).adapter > 0
+    assert count_parameters(config, attention_only).adapter < count_parameters(config, LORA).adapter
+    assert count_parameters(config, ModelConfig()).adapter == 0
 
 
 def test_data_parallel_lora_all_reduces_its_adapter_in_fp32() -> None:

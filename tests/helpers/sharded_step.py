@@ -28,10 +28,12 @@ def make_model(model_id: str, implementation: str, *, use_peft: bool) -> Any:
     """gpt-oss in fp32, with LoRA if wanted. implementation: of its experts."""
     model: Any = load_model(BaseWeights(model_id), attn_implementation="eager").float()
     model.set_experts_implementation(implementation)
-    if not use_peft:
-        return model
-    args = ModelConfig(use_peft=True, lora_r=4, lora_alpha=16, lora_dropout=0.0)
-    return get_peft_model(model, lora_config(model, args))
+    lora = lora_config(model, lora_flags(use_peft=use_peft))
+    return model if lora is None else get_peft_model(model, lora)
+
+
+def lora_flags(*, use_peft: bool) -> ModelConfig:
+    return ModelConfig(use_peft=use_peft, lora_r=4, lora_alpha=16, lora_dropout=0.0)
 
 
 def randomize_adapters(model: torch.nn.Module) -> None:

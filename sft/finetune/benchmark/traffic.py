@@ -2,7 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
+from peft import get_peft_model
 from transformers import GptOssConfig
+from trl import ModelConfig
+
+from finetune.model.loading import meta_model
+from finetune.model.lora import lora_config
 
 
 @dataclass(frozen=True)
@@ -11,33 +17,31 @@ class Parameters:
 
     layers: int
     embedding: int
-    head: int
-    adapter: int
+    head: int  # with the norm before it
+    adapter: int  # 0 if all weights are trained
 
     @property
     def model(self) -> int:
         return self.layers + self.embedding + self.head
 
 
-def count_parameters(config: GptOssConfig, *, lora_r: int) -> Parameters:
-    """Those of a model, and of LoRA on every linear layer of its decoder and every expert."""
-    hidden, width = config.hidden_size, config.intermediate_size
-    num_layers, num_experts = config.num_hidden_layers, config.num_local_experts
-    q_dim = config.num_attention_heads * config.head_dim
-    kv_dim = config.num_key_value_heads * config.head_dim
-    attention = hidden * (2 * q_dim + 2 * kv_dim) + q_dim + 2 * kv_dim + hidden
-    experts = num_experts * (3 * hidden * width + 2 * width + hidden)
-    router, norms_and_sinks = num_experts * (hidden + 1), 2 * hidden + config.num_attention_heads
-    layer = attention + experts + router + norms_and_sinks
-    # LoRA's A and B of a weight (in, out) have r * (in + out) parameters.
-    inputs_and_outputs = 2 * (hidden + q_dim) + 2 * (hidden + kv_dim)
-    inputs_and_outputs += num_experts * (hidden + 2 * width + width + hidden)
-    return Parameters(
-        layers=num_layers * layer,
-        embedding=config.vocab_size * hidden,
-        head=config.vocab_size * hidden + hidden,  # with the norm before it
-        adapter=num_layers * lora_r * inputs_and_outputs,
-    )
+def count_parameters(config: GptOssConfig, lora: ModelConfig) -> Parameters:
+    """Those of the model that train.py would make, and of the adapter that PEFT would add to it.
+
+    lora: the flags of --use_peft, --lora_r, --lora_target_modules and so on. Nothing of the model
+    but its shapes is made.
+    """
+    model = meta_model(config)
+    layers = sum(parameter.numel() for parameter in model.model.layers.parameters())
+    embedding = model.model.embed_tokens.weight.numel()
+    head = model.num_parameters() - layers - embedding
+    adapter = 0
+    adapter_config = lora_config(model, lora)
+    if adapter_config is not None:
+        with torch.device("meta"):
+            adapted = get_peft_model(model, adapter_config)
+        adapter = adapted.num_parameters(only_trainable=True)
+    return Parameters(layers, embedding, head, adapter)
 
 
 def bytes_between_gpus(parameters: Parameters, *, sharded: bool, lora: bool) -> int:
@@ -46,12 +50,12 @@ def bytes_between_gpus(parameters: Parameters, *, sharded: bool, lora: bool) -> 
     Weights are gathered in bf16, gradients reduced in fp32. An all-reduce counts twice, since it is
     a reduce-scatter and an all-gather.
     """
-    adapter = parameters.adapter if lora else 0
-    trainable = adapter if lora else parameters.model
+    trainable = parameters.adapter if lora else parameters.model
     if not sharded:
         return 2 * 4 * trainable
     # Layers and embedding before the forward and again before the backward; the head only once.
-    gathered = 2 * (parameters.layers + parameters.embedding + adapter) + parameters.head
+    gathered = 2 * (parameters.layers + parameters.embedding) + parameters.head
+    gathered += 2 * parameters.adapter
     return 2 * gathered + 4 * trainable
 
 
