@@ -42,10 +42,11 @@ check: $(TRAIN)/.installed
 	$(PYTHON) -m mypy tests/export/conftest.py  # of its own: two files of one name are one module to mypy
 
 test-fast: check
-	$(PYTHON) -m pytest tests -m "not slow"
+	$(PYTHON) -m pytest tests -m "not slow" -n 2
 
 test: check $(SKY)/.installed
-	$(PYTHON) -m pytest tests
+	$(PYTHON) -m pytest tests --ignore tests/runs -n 2
+	$(PYTHON) -m pytest tests/runs
 	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed

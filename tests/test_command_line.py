@@ -83,7 +83,14 @@ def test_help_of_training_shows_what_the_parser_takes() -> None:
     assert compared > 0.9 * len(expected)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name",
+    # These two import TRL before they look at their flags.
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("train.py", "preflight.py") else name
+        for name in SCRIPTS
+    ],
+)
 def test_a_misspelt_flag_is_one_line(name: str) -> None:
     result = run_script(name, "--nonsense", "1", "x")
     assert result.returncode != 0

@@ -80,7 +80,10 @@ def test_a_wrong_flag_is_named(preflight: Preflight, flags: list[str], message: 
     ("content", "message"),
     [
         ("", "is empty"),
-        ('{"messages": [{"role": "user", "content": "x"}]}\n{oops\n', "data.jsonl:1: no assistant"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}]}\n{oops\n',
+            "data.jsonl:1: there is no assistant",
+        ),
         ('{"question": "x", "answer": "y"}\n', "columns question, answer"),
     ],
 )

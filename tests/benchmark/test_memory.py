@@ -42,6 +42,7 @@ def test_a_tensor_counts_until_its_last_view_is_freed() -> None:
         assert live.peak == 2 * 4 * 16 * 4 + 4 * KIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "size, published, gigabytes",
     [("20b", 13.76e9, 20), ("120b", 65.25e9, 80)],

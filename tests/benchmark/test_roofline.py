@@ -33,6 +33,7 @@ def printed_rows(output: str) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.slow
 def test_every_recipe_is_bound_by_what_the_docstring_says() -> None:
     """Of 20b-sft the seconds too, from the published 20.9 B parameters."""
     result = subprocess.run(

@@ -116,6 +116,7 @@ def test_an_svg_that_cannot_be_written_is_an_error(show: Any, tmp_path: Path) ->
         show(file, svg=str(tmp_path / "missing/preview.svg"))
 
 
+@pytest.mark.slow
 def test_a_bad_file_is_one_error_and_no_traceback(tmp_path: Path, tiny_model: Path) -> None:
     file = write_rows(tmp_path / "my.jsonl", {"messages": [USER]})
     flags = ["--dataset", str(file), "--tokenizer", str(tiny_model)]

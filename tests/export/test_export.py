@@ -85,6 +85,7 @@ def test_a_folder_with_something_else_is_left_alone(run_dir: Path, tmp_path: Pat
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_one_line_and_status_1(run_dir: Path, tmp_path: Path) -> None:
     file = run_dir / "final" / ADAPTER
     file.write_bytes(file.read_bytes()[:-100])

@@ -7,9 +7,11 @@ It needs no model hub. To write the tokenizer into a folder, for `make preview T
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
@@ -42,12 +44,14 @@ def fetch_ranks(folder: Path) -> None:
     if (folder / RANKS_FILE).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    command = ["npm", "pack", "--silent", "--pack-destination", str(folder), PACKAGE]
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
-    with tarfile.open(next(folder.glob("js-tiktoken-*.tgz"))) as archive:
-        source = archive.extractfile("package/dist/ranks/o200k_base.js")
-        assert source is not None
-        text = source.read().decode()
+    # In a folder of its own, and renamed at the end: two test processes may fetch it at once.
+    with tempfile.TemporaryDirectory(dir=folder) as download:
+        command = ["npm", "pack", "--silent", "--pack-destination", download, PACKAGE]
+        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        with tarfile.open(next(Path(download).glob("js-tiktoken-*.tgz"))) as archive:
+            source = archive.extractfile("package/dist/ranks/o200k_base.js")
+            assert source is not None
+            text = source.read().decode()
     encoding = json.loads(text[text.index("{") : text.rindex("}") + 1])
     # A line of js-tiktoken's format holds many tokens: "! FIRST_RANK TOKEN TOKEN ...". tiktoken's
     # own format has one token on each line: "TOKEN RANK".
@@ -57,8 +61,10 @@ def fetch_ranks(folder: Path) -> None:
         lines += [f"{token} {rank}\n" for rank, token in enumerate(tokens, int(first))]
     ranks = "".join(lines).encode()
     assert hashlib.sha256(ranks).hexdigest() == RANKS_SHA256
-    (folder / "pattern").write_text(encoding["pat_str"])
-    (folder / RANKS_FILE).write_bytes(ranks)
+    for name, content in (("pattern", encoding["pat_str"].encode()), (RANKS_FILE, ranks)):
+        part = folder / f"{name}.{os.getpid()}"
+        part.write_bytes(content)
+        part.rename(folder / name)
 
 
 def make_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
