@@ -1,7 +1,7 @@
 """Turns are read back from token ids; what is valid here is valid to openai-harmony's parser."""
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from openai_harmony import HarmonyEncoding, HarmonyError, Role
 from transformers import PreTrainedTokenizerBase
@@ -115,10 +115,15 @@ def real(tokenizer: PreTrainedTokenizerBase) -> ChannelReader:
     return ChannelReader(tokenizer)
 
 
+CALLED_AFTER_THINKING = (
+    "<|channel|>analysis<|message|>Easy.<|end|><|start|>assistant"
+    "<|channel|>commentary to=functions.add <|constrain|>json<|message|>{}<|call|>"
+)
 tokens = st.sampled_from([*CONTROL_TOKENS, "assistant", "analysis", "final", " Hi", "4", " to=f"])
 turns = st.one_of(st.sampled_from([*GOOD, *CALLS]), st.lists(tokens, max_size=12).map("".join))
 
 
+@example(text=CALLED_AFTER_THINKING, drop=0, insert=(8, " to=f"))  # two recipients
 @settings(SLOW, max_examples=200)
 @given(text=turns, drop=st.integers(0, 30), insert=st.tuples(st.integers(0, 30), tokens))
 def test_a_turn_that_is_valid_here_is_parsed_alike_by_openai_harmony(

@@ -144,7 +144,9 @@ def message_problem(
         return f"there is no channel {channel!r}"
     if rest:
         return "there is text outside of messages"
-    # The recipient stands before the channel or after it: the model writes both.
+    # The recipient stands before the channel or after it: the model writes either, never both.
+    if author_match[1] and channel_match[2]:
+        return "a header names two recipients"
     is_call = bool(author_match[1] or channel_match[2])
     is_final = channel_match[1] == "final"
     if not is_last:
