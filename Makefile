@@ -20,7 +20,8 @@ SKY := .venv/sky$(SUFFIX)
 PYTHON := $(TRAIN)/bin/python
 # pyenv hides its other versions from uv, so they are looked up in its folder.
 PYENV := $(and $(PYTHON_VERSION),$(lastword $(wildcard $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/$(PYTHON_VERSION).*/bin/python)))
-CREATE := --python '$(or $(PYENV),$(PYTHON_VERSION),>=3.11,<3.14)'
+SUPPORTED := >=3.11,<3.14
+CREATE := --python '$(or $(PYENV),$(PYTHON_VERSION),$(SUPPORTED))'
 # uv does not read pip's configuration: pass on where this machine keeps wheels of its own.
 export UV_FIND_LINKS ?= $(shell python3 -m pip config get global.find-links 2>/dev/null)
 export UV_PYTHON_PREFERENCE ?= system

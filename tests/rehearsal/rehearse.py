@@ -306,8 +306,12 @@ def main() -> None:
         dataset = str(Path(dataset).resolve())
     if not args.task.is_file():
         parser.error(f"no task file {args.task}")
-    with one_line_errors():
-        rehearse(args.task, dataset=dataset)
+    try:
+        with one_line_errors():
+            rehearse(args.task, dataset=dataset)
+    except KeyboardInterrupt:
+        print("interrupted: what was printed so far is in .rehearsal/", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
