@@ -46,7 +46,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from finetune.arguments import parse_args
+from finetune.arguments import parse_task
 from finetune.benchmark.memory_count import count
 from finetune.benchmark.synthetic import config_of
 from finetune.errors import UserError, one_line_errors
@@ -57,7 +57,7 @@ def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
     """A title and the bytes of a task file's step. Raises UserError if it cannot be counted."""
     task = TaskFile.read(path)
     changes = [f"--{name}={value}" for name, value in vars(args).items() if value is not None]
-    config = parse_args([*task.flags, *changes, "--use_cpu=true"])
+    config = parse_task(task, *changes)
     training, lora_r, dequantize = config.training, config.model.lora_r, config.run.dequantize
     only = "only LoRA beside a base that every GPU holds is counted"
     if not config.model.use_peft:

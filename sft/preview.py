@@ -66,7 +66,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 
-from finetune.arguments import Config, parse_args
+from finetune.arguments import Config, parse_task
 from finetune.data.dataset import count_tokens, load_conversations, render_all, tokenize
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
@@ -115,8 +115,7 @@ def task_config(task: TaskFile, data_args: DataArguments) -> Config:
         for flag in fields(data_args)
         if getattr(data_args, flag.name) != flag.default
     ]
-    # Without --use_cpu SFTConfig refuses bf16 on a machine that has no GPU.
-    return parse_args([*task.flags, *given, "--use_cpu=true"])
+    return parse_task(task, *given)
 
 
 def print_json(tokens: Dataset) -> None:

@@ -45,7 +45,7 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.table import Table
 
-from finetune.arguments import parse_args
+from finetune.arguments import parse_task
 from finetune.benchmark.synthetic import MEAN_LENGTH, config_of
 from finetune.benchmark.traffic import bytes_between_gpus, bytes_unpacked, count_parameters
 from finetune.errors import UserError, one_line_errors
@@ -88,7 +88,7 @@ class Step:
 def step_of(path: Path, *, mfu: float) -> Step:
     """Raises UserError if the file is no task file, or its step cannot be told from it."""
     task = TaskFile.read(path)
-    config = parse_args([*task.flags, "--use_cpu=true"])
+    config = parse_task(task)
     gpu, training = gpu_of(task), config.training
     if training.max_length is None:
         raise UserError(f"{path}: the length of a row is not known without --max_length")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.arguments import parse_args
+from finetune.arguments import parse_task
 from finetune.errors import UserError
 from finetune.task_file import TaskFile
 from helpers.paths import REPO, TASK_FILES
@@ -30,7 +30,7 @@ def edited(tmp_path: Path, old: str, new: str) -> Path:
 @pytest.mark.parametrize("path", TASK_FILES, ids=lambda path: path.stem)
 def test_every_task_file_parses(path: Path) -> None:
     task = TaskFile.read(path)
-    config = parse_args([*task.flags, "--use_cpu=true"])
+    config = parse_task(task)
     assert task.name == path.stem
     assert config.model_id == task.envs["MODEL"]
     assert config.model.use_peft == path.stem.endswith("lora")
@@ -62,13 +62,13 @@ def test_the_first_accelerator_in_any_spelling(
 
 def test_an_edited_flag_is_seen(tmp_path: Path) -> None:
     task = TaskFile.read(edited(tmp_path, "--lora_r 8", "--lora_r 64  # more"))
-    assert parse_args([*task.flags, "--use_cpu=true"]).model.lora_r == 64
+    assert parse_task(task).model.lora_r == 64
 
 
 def test_train_args_of_the_file_come_last(tmp_path: Path) -> None:
     args = """TRAIN_ARGS: '--lora_r 32 --lr_scheduler_kwargs {"min_lr_rate":0.5}'"""
     task = TaskFile.read(edited(tmp_path, 'TRAIN_ARGS: ""', args))
-    config = parse_args([*task.flags, "--use_cpu=true"])
+    config = parse_task(task)
     assert config.model.lora_r == 32
     assert config.training.lr_scheduler_kwargs == {"min_lr_rate": 0.5}
 
@@ -78,7 +78,7 @@ def test_train_args_of_the_environment_stand_in(
 ) -> None:
     file = edited(tmp_path, 'TRAIN_ARGS: ""', "TRAIN_ARGS: --lora_r 32 --max_steps 5")
     monkeypatch.setenv("TRAIN_ARGS", "--lora_r 16")
-    config = parse_args([*TaskFile.read(file).flags, "--use_cpu=true"])
+    config = parse_task(TaskFile.read(file))
     assert config.model.lora_r == 16 and config.training.max_steps == -1
 
 

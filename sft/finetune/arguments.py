@@ -11,6 +11,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from finetune.command_line import one_line
 from finetune.data.options import DataArguments, check_data_arguments
 from finetune.errors import UserError
+from finetune.task_file import TaskFile
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,15 @@ def parse_args(args: list[str] | None = None) -> Config:
     check_unused_flags(config)
     check_data_arguments(config.data)
     return resolved(config)
+
+
+def parse_task(task: TaskFile, *changes: str) -> Config:
+    """The flags of a task file, as train.py would parse them on the node.
+
+    changes: flags that take precedence. Raises UserError as parse_args does.
+    """
+    # Without --use_cpu SFTConfig refuses bf16 on a machine that has no GPU.
+    return parse_args([*task.flags, *changes, "--use_cpu=true"])
 
 
 def resolved(config: Config) -> Config:

@@ -1,7 +1,7 @@
 """A task file as the training script would see it: the GPUs it asks for, and its flags.
 
     task = TaskFile.read(Path("gpt-oss-20b-lora.yaml"))
-    config = parse_args([*task.flags, "--use_cpu=true"])      # finetune/arguments.py
+    config = parse_task(task)      # finetune/arguments.py
 
 Tools that speak of a recipe (preview.py, roofline.py, memory.py) read it this way, so that an edit
 of the file changes what they say, wherever in the file it is made.

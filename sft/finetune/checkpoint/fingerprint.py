@@ -17,6 +17,7 @@ from trl import ScriptArguments
 
 from finetune.arguments import Config
 from finetune.checkpoint.manifest import MANIFEST, read_manifest
+from finetune.data.dataset import load_splits
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
 from finetune.model.loading import load_config
@@ -108,13 +109,22 @@ class RunRecord:
         """
         return {name: value for name, value in self.to_json().items() if name not in HELD_OUT}
 
-    def script_arguments(self) -> ScriptArguments:
-        """The flags that name the dataset and its splits, as data/dataset.py takes them."""
-        return ScriptArguments(
+    def load_splits(self) -> tuple[Dataset, Dataset | None]:
+        """The conversations that the run trains on, and those that it holds out, if any.
+
+        Raises UserError if the dataset cannot be read on this machine.
+        """
+        script_args = ScriptArguments(
             dataset_name=self.dataset,
             dataset_config=self.dataset_config,
             dataset_train_split=self.dataset_train_split,
             dataset_test_split=self.dataset_test_split,
+        )
+        return load_splits(
+            script_args,
+            eval_strategy=self.eval_strategy,
+            test_split_size=self.data.test_split_size,
+            seed=self.seed,
         )
 
     @classmethod

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from finetune.checkpoint.artifact import SUMMARY
 from finetune.checkpoint.fingerprint import RunRecord
-from finetune.data.dataset import load_conversations, load_splits
+from finetune.data.dataset import load_conversations
 from finetune.data.harmony import Encoder
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
@@ -48,12 +48,7 @@ def held_out_conversations(run: RunRecord, dataset: str | None) -> Dataset:
             "the run held nothing out: give --dataset FILE_OR_NAME, or train with "
             "--eval_strategy epoch --test_split_size 0.02"
         )
-    _, rows = load_splits(
-        run.script_arguments(),
-        eval_strategy=run.eval_strategy,
-        test_split_size=run.data.test_split_size,
-        seed=run.seed,
-    )
+    _, rows = run.load_splits()
     assert rows is not None
     return rows
 

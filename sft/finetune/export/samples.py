@@ -9,7 +9,7 @@ from contextlib import redirect_stdout
 from datasets import Dataset
 
 from finetune.checkpoint.fingerprint import RunRecord
-from finetune.data.dataset import load_splits, render_all
+from finetune.data.dataset import render_all
 from finetune.errors import UserError
 from finetune.export.divergence import Rows
 from finetune.model.loading import load_tokenizer
@@ -53,12 +53,7 @@ def conversations_of_run(
 
 def rows_of_run(record: RunRecord) -> tuple[Dataset, str]:
     """The held-out part of the run's dataset, or all of it if nothing was held out; which it is."""
-    rows, held_out = load_splits(
-        record.script_arguments(),
-        eval_strategy=record.eval_strategy,
-        test_split_size=record.data.test_split_size,
-        seed=record.seed,
-    )
+    rows, held_out = record.load_splits()
     if held_out is None:
         return rows, "training data"
     return held_out, "held-out data"
