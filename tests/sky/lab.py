@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ CONVERSATIONS = REHEARSAL / "conversations.jsonl"
 BUCKET = "checkpoints"
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"  # of the right form, and nobody's
 NUM_RANKS = 2
-STEPS = 12
+STEPS = 18  # about one a second: a test that waits for a checkpoint has time to interfere
 SCALED_DOWN = {  # the GPUs a node is asked for, and the number of nodes
     "gpt-oss-20b-lora": ("H100:2", 1),
     "gpt-oss-20b-sft": ("H100:2", 1),
@@ -72,20 +73,24 @@ def wait_until(condition: Callable[[], Any], *, interval: float = 2.0) -> None:
 
 def wait_for_job_to_reach(condition: Callable[[], Any], *, interval: float = 1.0) -> None:
     """wait_until for something only the newest managed job brings about: fail once it has ended."""
-    next_check = time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
+    with ThreadPoolExecutor(1) as background:
+        # In the background, because a condition that holds for seconds only must not be missed.
+        check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
 
-    def reached() -> bool:
-        nonlocal next_check
-        if condition():
-            return True
-        if time.monotonic() > next_check:
-            job = newest_job()
-            # The condition may have come true while the queue was read.
-            assert job["end_at"] is None or condition(), f"the job has ended: {job['status']}"
-            next_check = time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
-        return False
+        def reached() -> bool:
+            nonlocal check, next_check
+            if condition():
+                return True
+            if check is None and time.monotonic() > next_check:
+                check = background.submit(newest_job)
+            elif check is not None and check.done():
+                job = check.result()
+                # The condition may have come true between its check and the job's end.
+                assert job["end_at"] is None or condition(), f"the job has ended: {job['status']}"
+                check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
+            return False
 
-    wait_until(reached, interval=interval)
+        wait_until(reached, interval=interval)
 
 
 def newest_job() -> dict[str, Any]:

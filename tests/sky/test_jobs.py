@@ -46,10 +46,17 @@ def state_of_the_lab() -> Iterator[None]:
         print(log, *log.read_text().splitlines()[-60:], sep="\n")
 
 
-def await_checkpoint(run_name: str, step: int) -> None:
-    """Until the bucket holds a complete checkpoint of this step."""
-    manifest = f"checkpoint-{step}/{MANIFEST}"
-    wait_for_job_to_reach(lambda: manifest in object_sizes(f"{run_name}/"))
+def await_checkpoint(run_name: str, *, from_step: int = 1) -> None:
+    """Until the bucket holds a complete checkpoint of this step or of a later one."""
+
+    def steps() -> list[int]:
+        return [
+            int(key.split("/")[0].removeprefix("checkpoint-"))
+            for key in object_sizes(f"{run_name}/")
+            if key.endswith(f"/{MANIFEST}")
+        ]
+
+    wait_for_job_to_reach(lambda: max(steps(), default=0) >= from_step)
 
 
 def process_with(*words: str) -> psutil.Process:
@@ -78,23 +85,34 @@ def processes_of(node: str) -> list[psutil.Process]:
     return found
 
 
+def step_being_uploaded(node: str) -> int | None:
+    """The step of a checkpoint with weights that the node's rclone has not uploaded, or None."""
+    cache = Path(f"/proc/{slurmd(node).pid}/root/srv/local")
+    for record in cache.glob("*/.cache/rclone/*/vfsMeta/**/checkpoint-*/*.distcp"):
+        with suppress(OSError, ValueError):  # it has been deleted, or is being written
+            if json.loads(record.read_text())["Dirty"]:
+                return int(record.parent.name.removeprefix("checkpoint-"))
+    return None
+
+
 @contextmanager
-def suspended(server: psutil.Process) -> Iterator[None]:
-    """The S3 server answers nobody; the node's rclone keeps what it has to upload."""
-    server.suspend()
+def suspended_during_upload(server: psutil.Process, node: str) -> Iterator[int]:
+    """The S3 server answers nobody while the weights of a checkpoint wait for their upload.
+
+    Yields its step. Its manifest cannot be in the bucket: it is written after their upload.
+    """
+    step = None
+    while step is None:
+        # Rclone uploads a file about a second after it was written.
+        wait_for_job_to_reach(lambda: step_being_uploaded(node), interval=0.02)
+        server.suspend()
+        step = step_being_uploaded(node)  # None if the upload was faster: then the next one
+        if step is None:
+            server.resume()
     try:
-        yield
+        yield step
     finally:
         server.resume()
-
-
-def await_write(node: str, pattern: str) -> None:
-    """Until a file of that name is in the cache of the node's rclone, which uploads it later."""
-    cache = Path(f"/proc/{slurmd(node).pid}/root/srv/local")
-    # Rclone uploads after a second or so: the caller has to act before that.
-    wait_for_job_to_reach(
-        lambda: list(cache.glob(f"*/.cache/rclone/*/vfs/**/{pattern}")), interval=0.02
-    )
 
 
 def cancel_allocations() -> None:
@@ -149,21 +167,19 @@ def assert_losses_of_an_undisturbed_run(name: str, model: Path, run_name: str) -
 
 
 def test_a_job_recovers_from_a_cancelled_allocation_and_then_from_sigterm(model: Path) -> None:
-    """First the allocation goes while checkpoint 6 waits for its upload; later SIGTERM comes."""
+    """First the allocation goes while a checkpoint waits for its upload; later SIGTERM comes."""
     name = "gpt-oss-20b-lora"
     run_name = f"{name}-managed"
     options = [*scaled_down_options(name, model), "--env", f"RUN_NAME={run_name}"]
     options += ["--env", "WANDB_MODE=offline", "--secret", "WANDB_API_KEY"]
     run("sky", "jobs", "launch", "-y", "-d", f"{name}.yaml", *options)
-    wait_for_job_to_reach(lambda: run("squeue", "--noheader", "--states=running"))
-    s3_server = process_with("-p", S3_PORT)
-    await_write(last_node(), "checkpoint-6/*")
-    with suspended(s3_server):
+    await_checkpoint(run_name)
+    with suspended_during_upload(process_with("-p", S3_PORT), last_node()) as step:
         cancel_allocations()
     assert_manifests_hold(run_name)
-    assert f"checkpoint-6/{MANIFEST}" not in object_sizes(f"{run_name}/")
+    assert f"checkpoint-{step}/{MANIFEST}" not in object_sizes(f"{run_name}/")
 
-    await_checkpoint(run_name, 6)
+    await_checkpoint(run_name, from_step=step)
     for process in processes_of(last_node()):
         with suppress(psutil.NoSuchProcess):
             if "SKYPILOT_NODE_RANK" in process.environ():
@@ -182,7 +198,7 @@ def test_a_job_that_loses_one_of_two_nodes_recovers_by_itself(model: Path) -> No
     run_name = f"{name}-managed"
     options = [*scaled_down_options(name, model), "--env", f"RUN_NAME={run_name}"]
     run("sky", "jobs", "launch", "-y", "-d", f"{name}.yaml", *options)
-    await_checkpoint(run_name, 3)
+    await_checkpoint(run_name)
     dead = last_node()
     for process in processes_of(dead):
         with suppress(psutil.NoSuchProcess):
