@@ -144,13 +144,26 @@ NodeName=n[2-4] Name=gpu Type=H200 File=/srv/gpu/[0-7]
 END
   # SkyPilot runs uv from ~/.local/bin, ~ being a folder of each of its clusters, and downloads it
   # if it is missing. The nodes share that ~ too, and their rclones would write one config and cache.
+  # A prolog that fails takes the node out of use. What still runs of the cluster's last allocation may
+  # make folders where the links belong, or remove them, and two nodes make the same links at once.
   cat > etc/slurm/prolog <<'END'
 #!/bin/bash
-name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
-home=~root/.sky_clusters/$name local=/srv/local/$name
-mkdir -p "$home/.local/bin" "$local"/{.sky,.cache,.config}
-ln -sfn /usr/local/bin/uv "$home/.local/bin/uv"
-ln -sfn "$local"/{.sky,.cache,.config} "$home/"
+prepare() {
+  local name home local folder
+  name=$(scontrol -o show job "$SLURM_JOB_ID" | sed 's/.* JobName=\([^ ]*\).*/\1/')
+  [[ $name ]] || return
+  home=~root/.sky_clusters/$name local=/srv/local/$name
+  mkdir -p "$home/.local/bin" "$local"/{.sky,.cache,.config} || return
+  ln -sfn /usr/local/bin/uv "$home/.local/bin/uv" || return
+  for folder in .sky .cache .config; do
+    [[ -L $home/$folder ]] || rm -rf "$home/$folder"
+    ln -sfn "$local/$folder" "$home/$folder" || return
+  done
+}
+until prepare; do
+  ((SECONDS < 60)) || exit 1
+  sleep 0.1
+done
 END
   # A VM that is terminated takes its processes, mounts and disk along, and whoever is not dead yet
   # writes on: rclone makes a cache that is gone anew. An epilog that fails takes the node out of use.
