@@ -73,24 +73,27 @@ def wait_until(condition: Callable[[], Any], *, interval: float = 2.0) -> None:
 
 def wait_for_job_to_reach(condition: Callable[[], Any], *, interval: float = 1.0) -> None:
     """wait_until for something only the newest managed job brings about: fail once it has ended."""
-    with ThreadPoolExecutor(1) as background:
-        # In the background, because a condition that holds for seconds only must not be missed.
-        check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
+    # In the background, because a condition that holds for seconds only must not be missed.
+    background = ThreadPoolExecutor(1)
+    check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
 
-        def reached() -> bool:
-            nonlocal check, next_check
-            if condition():
-                return True
-            if check is None and time.monotonic() > next_check:
-                check = background.submit(newest_job)
-            elif check is not None and check.done():
-                job = check.result()
-                # The condition may have come true between its check and the job's end.
-                assert job["end_at"] is None or condition(), f"the job has ended: {job['status']}"
-                check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
-            return False
+    def reached() -> bool:
+        nonlocal check, next_check
+        if condition():
+            return True
+        if check is None and time.monotonic() > next_check:
+            check = background.submit(newest_job)
+        elif check is not None and check.done():
+            job = check.result()
+            # The condition may have come true between its check and the job's end.
+            assert job["end_at"] is None or condition(), f"the job has ended: {job['status']}"
+            check, next_check = None, time.monotonic() + SECONDS_BETWEEN_JOB_CHECKS
+        return False
 
+    try:
         wait_until(reached, interval=interval)
+    finally:
+        background.shutdown(wait=False)  # the caller acts at once, not when the queue was read
 
 
 def newest_job() -> dict[str, Any]:

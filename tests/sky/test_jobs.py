@@ -101,18 +101,17 @@ def suspended_during_upload(server: psutil.Process, node: str) -> Iterator[int]:
 
     Yields its step. Its manifest cannot be in the bucket: it is written after their upload.
     """
-    step = None
-    while step is None:
+    while True:
         # Rclone uploads a file about a second after it was written.
         wait_for_job_to_reach(lambda: step_being_uploaded(node), interval=0.02)
         server.suspend()
-        step = step_being_uploaded(node)  # None if the upload was faster: then the next one
-        if step is None:
+        try:
+            step = step_being_uploaded(node)  # None if the upload was faster: then the next one
+            if step is not None:
+                yield step
+                return
+        finally:
             server.resume()
-    try:
-        yield step
-    finally:
-        server.resume()
 
 
 def cancel_allocations() -> None:
