@@ -26,7 +26,13 @@ from trl import SFTConfig
 
 from finetune.arguments import Config, check_spelling, parse_args
 from finetune.checkpoint.artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
-from finetune.checkpoint.fingerprint import RunRecord, check_same_run, read_record, run_record
+from finetune.checkpoint.fingerprint import (
+    RunRecord,
+    check_same_run,
+    read_record,
+    read_training_rules,
+    run_record,
+)
 from finetune.checkpoint.history import (
     LaunchLog,
     conversation_date,
@@ -81,6 +87,9 @@ def main() -> None:
     set_seed(config.training.seed)
     data = load_data(config)
     checkpoint = find_checkpoint(config, data.record)
+    if checkpoint:  # a run goes on by the rules that it began with
+        rules = read_training_rules(Path(checkpoint))
+        data = replace(data, record=replace(data.record, training_rules=rules))
     trainer, throughput = make_trainer(config, data, checkpoint)
 
     artifact = Path(config.training.output_dir) / ARTIFACT
@@ -161,6 +170,7 @@ def make_trainer(
         ],
         saver=saver,
         weights=weights,
+        training_rules=data.record.training_rules,
     )
     exclude_packed_from_ddp(trainer.model)
     use_grouped_lora(trainer.model)

@@ -1,6 +1,7 @@
 """What makes two launches the same run."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from finetune.checkpoint.fingerprint import (
     LORA,
     PACKAGES,
     TRAINING,
+    TRAINING_RULES,
     RunRecord,
     check_same_run,
     dataset_sha256,
@@ -99,6 +101,16 @@ def make_record() -> RunRecord:
         dataset_train_split="some",
         dataset_test_split="others",
     )
+
+
+def test_an_older_run_goes_on_under_its_own_rules_of_training() -> None:
+    older = make_record()
+    current = replace(older, training_rules=TRAINING_RULES)
+    assert "training_rules" not in older.to_json()
+    check_same_run("checkpoint-2", older, current)
+    with pytest.raises(UserError, match=f"training_rules {TRAINING_RULES + 1}"):
+        later = replace(older, training_rules=TRAINING_RULES + 1)
+        check_same_run("checkpoint-2", later, current)
 
 
 def test_a_record_survives_json() -> None:

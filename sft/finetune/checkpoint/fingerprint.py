@@ -58,6 +58,10 @@ LORA = (
     "lora_target_parameters",
     "lora_modules_to_save",
 )
+# How a run trains beyond its flags. Runs that began under older rules go on by theirs.
+# 1: the learning rate of the first warm-up step is 0; weight decay as transformers has it.
+# 2: warm-up starts at its first increment; sinks, router and embeddings are not decayed.
+TRAINING_RULES = 2
 # Fields that decide only what is evaluated, not what is trained.
 HELD_OUT = ("eval_strategy", "dataset_config", "dataset_train_split", "dataset_test_split")
 # A local model's weights are not hashed in full, which would take minutes for 120b: only this much
@@ -92,6 +96,7 @@ class RunRecord:
     dataset_config: str | None = None
     dataset_train_split: str = "train"
     dataset_test_split: str = "test"
+    training_rules: int = 1  # see TRAINING_RULES; records of rules 1 do not hold it
 
     def to_json(self) -> dict[str, Any]:
         """The record as one flat object."""
@@ -99,6 +104,8 @@ class RunRecord:
         values |= asdict(values.pop("data"))
         for name in ("training", "lora", "packages", "other"):
             values |= values.pop(name)
+        if self.training_rules == 1:
+            del values["training_rules"]
         return values
 
     def identity(self) -> dict[str, Any]:
@@ -187,6 +194,7 @@ def run_record(
         dataset_config=script.dataset_config,
         dataset_train_split=script.dataset_train_split,
         dataset_test_split=script.dataset_test_split,
+        training_rules=TRAINING_RULES,
     )
 
 
@@ -238,8 +246,15 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord.from_json(fingerprint, file=folder / MANIFEST)
 
 
+def read_training_rules(folder: Path) -> int:
+    """The rules under which the run of a complete checkpoint began; see TRAINING_RULES."""
+    return read_manifest(folder).get("fingerprint", {}).get("training_rules", 1)
+
+
 def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:
     """Raise UserError, naming every difference, if the checkpoint belongs to another run."""
+    if saved.training_rules <= TRAINING_RULES:  # known here: the run goes on by its own rules
+        current = replace(current, training_rules=saved.training_rules)
     before, now = saved.identity(), current.identity()
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}"

@@ -12,11 +12,15 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
+from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
+from finetune.training.schedule import warm_up_from_first_increment
+from finetune.training.weight_decay import decayed
 
 # A LoRA checkpoint holds the adapter and not the frozen base, which can be downloaded again.
 # strict=False, since on loading the frozen parameters are then missing from it.
@@ -30,12 +34,19 @@ class ResumableSFTTrainer(SFTTrainer):
     resumed on two. Under DeepSpeed a checkpoint has DeepSpeed's own format, which ties it to the
     number of ranks, and training waits while it is written.
 
-    weights: where the values come from if the model is on the meta device.
+    weights: where the values come from if the model is on the meta device. training_rules: as in
+    RunRecord; a run goes on by the rules that it began with.
     """
 
     def __init__(
-        self, *args: Any, saver: Saver, weights: BaseWeights | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        saver: Saver,
+        weights: BaseWeights | None = None,
+        training_rules: int = TRAINING_RULES,
+        **kwargs: Any,
     ) -> None:
+        self.training_rules = training_rules
         super().__init__(*args, **kwargs)
         self.saver = saver
         self.weights = weights
@@ -49,6 +60,21 @@ class ResumableSFTTrainer(SFTTrainer):
         if self.weights is not None and next(self.model.parameters()).is_meta:
             shard_and_fill(self.accelerator, self.model, self.weights)
         return super().create_optimizer(*args, **kwargs)
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        if self.training_rules < 2:
+            return super().get_decay_parameter_names(model)
+        return decayed(name for name, _ in model.named_parameters())
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        is_new = getattr(self, "lr_scheduler", None) is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new and self.training_rules >= 2:
+            scheduler = warm_up_from_first_increment(
+                scheduler, num_warmup_steps=self.args.get_warmup_steps(num_training_steps)
+            )
+        self.lr_scheduler: LRScheduler = scheduler
+        return scheduler
 
     def state_to_save(self) -> dict[str, Any]:
         """The state dict of a checkpoint: this rank's shards of weights and optimizer states, by
