@@ -104,7 +104,7 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
         summary += epoch_summary(kept, config.training, task.num_gpus, num_left_out=num_left_out)
     table = Table(show_header=False)
     for name, value in summary:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     console.print(table)
 
 

@@ -42,7 +42,7 @@ from finetune.checkpoint.history import (
 from finetune.checkpoint.manifest import resume_from
 from finetune.checkpoint.saver import Saver
 from finetune.data.dataset import load_datasets, mean_length
-from finetune.errors import one_line_errors
+from finetune.errors import one_line_errors, only_warn
 from finetune.model.attention import choose_attention
 from finetune.model.experts import use_grouped_lora
 from finetune.model.flops import flops_per_token
@@ -227,7 +227,8 @@ def save(
     summary["artifact"] = str(artifact)
     title = config.training.run_name
     if trainer.is_world_process_zero():
-        plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=title)
+        with only_warn("the plot of the losses cannot be drawn"):
+            plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=title)
     save_artifact(
         trainer.accelerator,
         trainer.model_wrapped,
@@ -236,7 +237,8 @@ def save(
         summary=summary | {"run": data.record.to_json()},
     )
     if trainer.is_world_process_zero():
-        print_summary(summary, title=f"{title}: finished")
+        with only_warn("the summary cannot be printed"):
+            print_summary(summary, title=f"{title}: finished")
 
 
 if __name__ == "__main__":

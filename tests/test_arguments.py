@@ -2,7 +2,7 @@
 
 import pytest
 
-from finetune.arguments import parse_args
+from finetune.arguments import check_spelling, parse_args
 from finetune.errors import UserError
 
 BASE = ["--use_cpu=true", "--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
@@ -56,3 +56,19 @@ def test_flags_that_cannot_work_are_refused(flags: list[str], message: str) -> N
 )
 def test_flags_that_work_are_taken(flag: str) -> None:
     parse_args([*BASE, flag])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "/", "a/b", "-x", "--max_steps", "a$^$b", "x[/y]", "a b", "a\n", "é", "a" * 65],
+)
+def test_a_run_name_that_is_no_name_is_refused_in_one_line(name: str) -> None:
+    for check in (check_spelling, parse_args):
+        with pytest.raises(UserError, match="^RUN_NAME .* cannot be used: give a name of") as error:
+            check([*BASE, f"--run_name={name}"])
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b-lora", "2026.1_a", "a" * 64])
+def test_a_plain_run_name_is_taken(name: str) -> None:
+    assert parse_args([*BASE, f"--run_name={name}"]).training.run_name == name

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.errors import only_warn
 from helpers.paths import CPU_ENVS, REPO
 
 SCRIPT = """
@@ -36,3 +37,11 @@ def test_an_error_of_one_or_all_ranks_is_printed_once(ranks: str, tmp_path: Path
     result = subprocess.run(command, env=os.environ | CPU_ENVS, capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("error: the disk is gone") == 1
+
+
+def test_what_is_nice_to_have_warns_in_one_line_and_raises_nothing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with only_warn("the plot cannot be drawn"):
+        raise ValueError("two\nlines")
+    assert capsys.readouterr().out == "warning: the plot cannot be drawn: ValueError: two lines\n"

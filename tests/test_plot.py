@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from finetune.plot import draw_losses, plot_losses
 
@@ -34,3 +35,9 @@ def test_without_an_evaluation_there_is_one_curve() -> None:
 def test_the_picture_is_a_png_in_a_folder_that_is_made(tmp_path: Path) -> None:
     plot_losses(HISTORY, tmp_path / "final/loss.png", title="my run")
     assert (tmp_path / "final/loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("title", ["a$^$b", "$\\frac$", "x[/y]", "two\nlines", None])
+def test_any_title_is_plain_text(title: str | None, tmp_path: Path) -> None:
+    plot_losses(HISTORY, tmp_path / "loss.png", title=title)
+    assert (tmp_path / "loss.png").stat().st_size > 0

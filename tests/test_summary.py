@@ -48,3 +48,11 @@ def test_a_long_value_is_not_cut(capsys: pytest.CaptureFixture[str]) -> None:
     assert "final loss" in printed and "my run: finished" in printed
     cells = "".join(line.split("│")[2].strip() for line in printed.splitlines() if "│" in line)
     assert path in cells
+
+
+def test_markup_in_titles_and_values_is_printed_as_it_is(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_summary({"[/b]": "[red]path[/y]"}, title="x[/y]: finished")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("x[/y]: finished", "[/b]", "[red]path[/y]"))

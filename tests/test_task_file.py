@@ -96,7 +96,7 @@ def test_nothing_but_the_flags_is_run(tmp_path: Path) -> None:
         ("ACCELERATE_CONFIG: /sft/ddp.yaml", "ACCELERATE_CONFIG: /sft/none.yaml", "none.yaml"),
         ("num_nodes: 1", "num_nodes: two", "two"),
         ('TRAIN_ARGS: ""', "TRAIN_ARGS: [", "edited.yaml"),
-        ('--run_name "$RUN_NAME"', '--run_name "$RUN_NAME', "ValueError"),
+        ('--run_name="$RUN_NAME"', '--run_name="$RUN_NAME', "ValueError"),
     ],
 )
 def test_another_yaml_is_refused_by_name(old: str, new: str, reason: str, tmp_path: Path) -> None:

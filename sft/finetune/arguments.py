@@ -1,6 +1,7 @@
 """The flags of a training run: TRL's dataclasses and ours, parsed once into a Config."""
 
 import os
+import re
 import sys
 from dataclasses import dataclass, field, replace
 from typing import NoReturn
@@ -12,6 +13,10 @@ from finetune.command_line import one_line
 from finetune.data.options import DataArguments, check_data_arguments
 from finetune.errors import UserError
 from finetune.task_file import TaskFile
+
+# What a folder, an object of a bucket, a W&B run, a picture's title and a shell all take as it is.
+# W&B's names are the shortest: 128 characters, of which tracking.py adds some.
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,16 @@ def check_spelling(args: list[str] | None = None) -> None:
     Called before the GPUs are looked at, which SFTConfig does too while it is made.
     """
     if "--config" not in (args or sys.argv):  # a file's values count as well: parse_args reads it
-        training_parser().parse_args(args)
+        check_run_name(training_parser().parse_args(args).run_name)
+
+
+def check_run_name(name: str | None) -> None:
+    """Raise UserError for a name that cannot be a folder, an object and a title alike."""
+    if name is not None and not RUN_NAME.fullmatch(name):
+        raise UserError(
+            f"RUN_NAME {name!r} cannot be used: give a name of 1 to 64 letters, digits, '.', '_' "
+            "and '-' that begins with a letter or a digit"
+        )
 
 
 def parse_args(args: list[str] | None = None) -> Config:
@@ -129,6 +143,7 @@ def resolved(config: Config) -> Config:
 def check_flags(config: Config) -> None:
     """Raise UserError for flags that are missing or contradict each other."""
     model = config.model
+    check_run_name(config.training.run_name)
     if not model.model_name_or_path:
         raise UserError("no model: set --model_name_or_path (MODEL in the task file)")
     if not config.script.dataset_name:

@@ -31,6 +31,19 @@ def one_line_errors() -> Iterator[None]:
         fail("no space left writing the weights: free some, or raise disk_size")
 
 
+@contextmanager
+def only_warn(action: str) -> Iterator[None]:
+    """Turn any error into a line on stdout: for what is nice to have, beside what must be kept.
+
+    action: what was tried, for the line: "the plot of the losses cannot be drawn: ...".
+    """
+    try:
+        yield
+    except Exception as error:  # whatever a library raises, the run's result matters more
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"warning: {action}: {reason}".encode("ascii", "replace").decode(), flush=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print `error: message`, its further lines indented, once, and exit with status 1."""
     if is_first_to_fail():

@@ -37,7 +37,8 @@ def draw_losses(log_history: list[dict[str, Any]], *, title: str | None) -> Figu
     steps, losses = curve(log_history, "eval_loss")
     if steps:
         axes.plot(steps, losses, color="tab:orange", marker="o", markersize=5, label="evaluation")
-    axes.set(title=title, xlabel="step", ylabel="loss")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_title(title or "", parse_math=False)  # a name with two $ is no formula
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.3)

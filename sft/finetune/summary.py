@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def evaluations(log_history: list[dict[str, Any]]) -> dict[str, list[float | None]]:
@@ -37,11 +38,12 @@ def perplexity(loss: float) -> float:
 
 def print_summary(summary: dict[str, Any], *, title: str) -> None:
     """Print the table a person reads at the end of a run."""
-    table = Table(title=title, show_header=False)
+    # Text, because rich would read a plain string such as "x[/y]" as markup.
+    table = Table(title=Text(title), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in summary.items():
-        table.add_row(name.replace("_", " "), as_text(value))
+        table.add_row(Text(name.replace("_", " ")), Text(as_text(value)))
     Console(width=100).print(table)
 
 

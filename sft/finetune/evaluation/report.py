@@ -21,10 +21,10 @@ SHARES = {
 def print_report(evaluation: dict[str, Any], *, title: str) -> None:
     """Print the figures, then the turns that were generated before and after training."""
     console = Console(width=100)
-    table = Table("", "tokens", "loss", "perplexity", "token accuracy", title=title)
+    table = Table("", "tokens", "loss", "perplexity", "token accuracy", title=Text(title))
     for name, row in evaluation["loss"].items():
         table.add_row(
-            name,
+            Text(name),
             f"{row['tokens']:,}",
             arrow(row["loss"], ".4f"),
             arrow(row["perplexity"], ".4g"),
