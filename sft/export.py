@@ -49,7 +49,8 @@ class ExportArguments:
         default=None, metadata={"help": "OWNER/NAME of a repository on the hub to upload to."}
     )
     private: bool = field(
-        default=True, metadata={"help": "Make the hub's repository private, if it is new."}
+        default=True,
+        metadata={"help": "Refuse a hub's repository that is public; a new one is made private."},
     )
 
 
@@ -96,7 +97,9 @@ def export(
     if args.num_examples < 1:
         raise UserError("--num_examples must be at least 1; --verify false compares nothing")
     output, form = args.output, args.format
-    api = check_hub(args.push_to_hub, connect=connect) if args.push_to_hub else None
+    api = None
+    if args.push_to_hub:
+        api = check_hub(args.push_to_hub, private=args.private, connect=connect)
     begun = read_record(output)
     origin = begun.origin if begun else None  # so that a newer checkpoint is not mixed in
     run_weights = find_run_weights(run_dir, origin=origin, check=args.verify)

@@ -57,3 +57,15 @@ def test_an_interrupted_upload_says_that_it_can_be_repeated(tmp_path: Path) -> N
     api = Interrupted().connect(token=TOKEN)
     with pytest.raises(UserError, match="was interrupted .*: call again, .* is complete"):
         push(api, tmp_path, "ada/mine", private=True)
+
+
+def test_a_public_repository_is_refused_unless_asked_for(tmp_path: Path, token: None) -> None:
+    hub = FakeHub(public=("ada/mine",))
+    with pytest.raises(UserError, match="ada/mine exists and is public: .* --private false"):
+        check_hub("ada/mine", connect=hub.connect)
+    with pytest.raises(UserError, match="exists and is public"):  # made public meanwhile
+        push(hub.connect(token=TOKEN), tmp_path, "ada/mine", private=True)
+    assert not [call for call in hub.calls if call[0] == "upload"]
+    api = check_hub("ada/mine", private=False, connect=hub.connect)
+    push(api, tmp_path, "ada/mine", private=False)
+    assert hub.calls[-1][0] == "upload"

@@ -1,18 +1,26 @@
 """A stand-in for the hub's client, which notes what it is asked to do."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from huggingface_hub.errors import OfflineModeIsEnabled
+import httpx
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 TOKEN = "hf_" + "x" * 34
 
 
 class FakeHub:
-    """Belongs to the user "ada". role: of the token; offline: whether the hub is out of reach."""
+    """Belongs to the user "ada". role: of the token; offline: whether the hub is out of reach.
 
-    def __init__(self, *, role: str = "write", offline: bool = False) -> None:
+    public: names of repositories that exist and everybody can read.
+    """
+
+    def __init__(
+        self, *, role: str = "write", offline: bool = False, public: tuple[str, ...] = ()
+    ) -> None:
         self.role, self.offline = role, offline
+        self.private = dict.fromkeys(public, False)  # by repository
         self.calls: list[Any] = []
 
     def connect(self, *, token: str) -> Any:
@@ -27,7 +35,14 @@ class FakeHub:
 
     def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> str:
         self.calls.append(("create", repo_id, private))
+        self.private.setdefault(repo_id, private)
         return f"https://hub/{repo_id}"
+
+    def repo_info(self, repo_id: str) -> Any:
+        if repo_id not in self.private:
+            request = httpx.Request("GET", f"https://hub/api/models/{repo_id}")
+            raise RepositoryNotFoundError("none", response=httpx.Response(404, request=request))
+        return SimpleNamespace(private=self.private[repo_id])
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: Any) -> None:
         self.calls.append(("upload", repo_id, sorted(file.name for file in folder_path.iterdir())))

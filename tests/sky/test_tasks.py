@@ -110,7 +110,7 @@ def test_what_serving_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     (resources,) = task.resources
     assert task.name == SERVE.stem and resources.accelerators == {"H100": 1}
-    assert resources.ports == ["8000"] and "--port 8000" in task.run
+    assert not resources.ports  # vLLM's key guards /v1 only
     (bucket,) = task.storage_mounts.values()
     assert bucket.source == "s3://my-bucket" and bucket.mode.value == "MOUNT"
     assert set(task.secrets) == {"API_KEY", "HF_TOKEN"} and "API_KEY" not in task.envs
@@ -145,11 +145,16 @@ def test_what_is_served(
     script = config["run"].replace("/checkpoints", str(tmp_path / "checkpoints"))
     script = script.replace("~/vllm-env", str(tmp_path))
     given = {"RUN_NAME": "my-run", "SERVED_FOLDER": served_folder, "API_KEY": "secret"}
+    given["SERVE_ARGS"] = "--host 0.0.0.0"
     envs = {**os.environ, **{k: v or "" for k, v in config["envs"].items()}, **given}
     envs["PATH"] = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     result = subprocess.run(["bash", "-c", script], env=envs, capture_output=True, text=True)
     said = result.stdout + result.stderr
     assert re.search(expected, said), said
+    if "error" not in expected:
+        # argparse takes the last of two equal flags: SERVE_ARGS cannot open the port.
+        hosts = re.findall(r"--host (\S+)", said)
+        assert hosts == ["0.0.0.0", "127.0.0.1"] and said.endswith("--port 8000\n")
     assert result.returncode == (1 if "error" in expected else 0)
     if "lora" in expected:
         base = "secret: serve openai/gpt-oss-20b --enable-lora --lora-modules my-run="

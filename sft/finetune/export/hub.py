@@ -10,16 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 
 from finetune.errors import UserError
 
 
-def check_hub(repo_id: str, *, connect: Callable[..., HfApi] = HfApi) -> HfApi:
+def check_hub(
+    repo_id: str, *, private: bool = True, connect: Callable[..., HfApi] = HfApi
+) -> HfApi:
     """Return a client that may write to OWNER/NAME.
 
-    connect: makes the client, from the keyword argument `token`. Raises UserError for a name of
-    another form, or if the token is missing or may not write there.
+    private: whether the upload is to be seen by nobody else. connect: makes the client, from the
+    keyword argument `token`. Raises UserError for a name of another form, if the token is missing
+    or may not write there, or if the repository exists and is public against what was asked.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise UserError(f"--push_to_hub {repo_id!r} is not OWNER/NAME")
@@ -46,7 +49,27 @@ def check_hub(repo_id: str, *, connect: Callable[..., HfApi] = HfApi) -> HfApi:
             f"HF_TOKEN cannot write to {owner!r}, only to {', '.join(owners)}; "
             f"--push_to_hub {owners[0]}/{name}"
         )
+    check_visibility(api, repo_id, private=private)
     return api
+
+
+def check_visibility(api: HfApi, repo_id: str, *, private: bool) -> None:
+    """Raise UserError if the repository is public already, and that was not asked for."""
+    if not private:
+        return
+    try:
+        is_public = api.repo_info(repo_id).private is False
+    except RepositoryNotFoundError:
+        return  # it will be made, and private
+    except (OSError, HTTPError) as error:
+        raise UserError(
+            f"the hub does not say whether {repo_id} is private ({type(error).__name__}): try again"
+        ) from error
+    if is_public:
+        raise UserError(
+            f"{repo_id} exists and is public: everybody would see the upload. Make it private on "
+            "the hub, take another name, or upload to it all the same with --private false"
+        )
 
 
 def push(api: HfApi, folder: Path, repo_id: str, *, private: bool) -> str:
@@ -57,6 +80,7 @@ def push(api: HfApi, folder: Path, repo_id: str, *, private: bool) -> str:
     """
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
+        check_visibility(api, repo_id, private=private)  # it may have changed during the export
         # Names that begin with a dot are those of shards whose writing was interrupted.
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[".*"])
     except HfHubHTTPError as error:
