@@ -61,6 +61,7 @@ LORA = (
 # How a run trains beyond its flags. Runs that began under older rules go on by theirs.
 # 1: the learning rate of the first warm-up step is 0; weight decay as transformers has it.
 # 2: warm-up starts at its first increment; sinks, router and embeddings are not decayed.
+#    Each row counts once an epoch; before, some were trained twice to fill the last batches.
 TRAINING_RULES = 2
 # Fields that decide only what is evaluated, not what is trained.
 HELD_OUT = ("eval_strategy", "dataset_config", "dataset_train_split", "dataset_test_split")

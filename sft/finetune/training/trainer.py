@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
@@ -19,6 +20,7 @@ from trl import SFTTrainer
 from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
+from finetune.training.filler import FilledDataset, fill_batches
 from finetune.training.schedule import warm_up_from_first_increment
 from finetune.training.weight_decay import decayed
 
@@ -75,6 +77,14 @@ class ResumableSFTTrainer(SFTTrainer):
             )
         self.lr_scheduler: LRScheduler = scheduler
         return scheduler
+
+    def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> Any:
+        if self.training_rules < 2:
+            return super()._get_dataloader(dataset, description, *args, **kwargs)
+        rows = self._remove_unused_columns(dataset, description=description)
+        loader = super()._get_dataloader(FilledDataset(rows), description, *args, **kwargs)
+        fill_batches(loader)
+        return loader
 
     def state_to_save(self) -> dict[str, Any]:
         """The state dict of a checkpoint: this rank's shards of weights and optimizer states, by

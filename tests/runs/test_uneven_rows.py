@@ -1,0 +1,32 @@
+"""Rows that do not divide by the ranks, on real processes."""
+
+from pathlib import Path
+
+import pytest
+
+from helpers.launching import LORA, Launch, losses
+from helpers.paths import CONVERSATIONS
+
+
+@pytest.mark.parametrize(
+    "recipe", [("fsdp2.yaml",), (*LORA, "--packing=false")], ids=["full", "lora"]
+)
+def test_two_ranks_train_on_three_rows_as_one_rank_does(
+    recipe: tuple[str, ...], launch: Launch, tmp_path: Path
+) -> None:
+    """The loss of the later epochs shows the gradients of those before."""
+    file = tmp_path / "three.jsonl"
+    file.write_text("\n".join(CONVERSATIONS.read_text().splitlines()[:3]))
+    seen = []
+    for num_processes in (1, 2):
+        result = launch(
+            *recipe,
+            f"--dataset_name={file}",
+            f"--output_dir={tmp_path / str(num_processes)}",
+            f"--gradient_accumulation_steps={4 // num_processes}",
+            "--max_steps=3",
+            num_processes=num_processes,
+        )
+        assert result.returncode == 0, result.stderr
+        seen.append(losses(result.stdout))
+    assert seen[1] == pytest.approx(seen[0], rel=2e-3)
