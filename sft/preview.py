@@ -70,6 +70,7 @@ from finetune.arguments import Config, parse_task
 from finetune.data.dataset import count_tokens, load_conversations, render_all, tokenize
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
+from finetune.summary import printable
 from finetune.task_file import TaskFile
 
 BAR_COLUMNS = 40  # the longest bar of the histogram
@@ -135,7 +136,7 @@ def show_conversations(
         for in_loss, group in groupby(pairs, key=lambda pair: pair[1] != -100):
             ids = [token for token, _ in group]
             style = "bold green" if in_loss else "dim"
-            text.append(tokenizer.decode(ids, skip_special_tokens=False), style)
+            text.append(printable(tokenizer.decode(ids, skip_special_tokens=False)), style)
         console.print(text)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import only_warn
+from finetune.errors import fail, only_warn
 from helpers.paths import CPU_ENVS, REPO
 
 SCRIPT = """
@@ -45,3 +45,12 @@ def test_what_is_nice_to_have_warns_in_one_line_and_raises_nothing(
     with only_warn("the plot cannot be drawn"):
         raise ValueError("two\nlines")
     assert capsys.readouterr().out == "warning: the plot cannot be drawn: ValueError: two lines\n"
+
+
+def test_an_error_that_quotes_data_cannot_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit):
+        fail("row 1: \x1b]0;title\x07 ü")
+    assert capsys.readouterr().err == "error: row 1: \\x1b]0;title\\x07 ü\n"

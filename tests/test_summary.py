@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from finetune.summary import as_text, evaluations, perplexity, print_summary
+from finetune.summary import as_text, evaluations, perplexity, print_summary, printable
 
 ENTRIES = [
     {"step": 0, "eval_loss": 2.0, "eval_mean_token_accuracy": 0.25},
@@ -56,3 +56,7 @@ def test_markup_in_titles_and_values_is_printed_as_it_is(
     print_summary({"[/b]": "[red]path[/y]"}, title="x[/y]: finished")
     printed = capsys.readouterr().out
     assert all(text in printed for text in ("x[/y]: finished", "[/b]", "[red]path[/y]"))
+
+
+def test_control_characters_are_written_out_and_text_is_left() -> None:
+    assert printable("a\x1b[2J\x9b\r\u202eb\n\tÄ 中 👍") == ("a\\x1b[2J\\x9b\\r\\u202eb\n\tÄ 中 👍")

@@ -48,6 +48,8 @@ def fail(message: str) -> NoReturn:
     """Print `error: message`, its further lines indented, once, and exit with status 1."""
     if is_first_to_fail():
         lines = [" ".join(line.split()) for line in message.splitlines()]
+        # An error may quote data; what would steer the terminal is written out.
+        lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
         print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
     sys.exit(1)
 

@@ -1,6 +1,7 @@
 """The table a person reads at the end of a run."""
 
 import math
+import unicodedata
 from typing import Any
 
 from rich.console import Console
@@ -36,14 +37,26 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 
+def printable(text: str) -> str:
+    """A text with its control characters written out, so that data cannot steer a terminal."""
+    return "".join(
+        char
+        if char in "\n\t"
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        or char == "\u200d"  # joins emoji
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
 def print_summary(summary: dict[str, Any], *, title: str) -> None:
     """Print the table a person reads at the end of a run."""
     # Text, because rich would read a plain string such as "x[/y]" as markup.
-    table = Table(title=Text(title), show_header=False)
+    table = Table(title=Text(printable(title)), show_header=False)
     table.add_column()
     table.add_column(overflow="fold")
     for name, value in summary.items():
-        table.add_row(Text(name.replace("_", " ")), Text(as_text(value)))
+        table.add_row(Text(name.replace("_", " ")), Text(printable(as_text(value))))
     Console(width=100).print(table)
 
 

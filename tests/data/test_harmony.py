@@ -1,14 +1,24 @@
 """Rendered conversations equal openai-harmony's, and what the model writes is in the loss."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from openai_harmony import HarmonyEncoding
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from finetune.data.conversations import to_conversation
-from finetune.data.harmony import Encoder, Piece, document_pieces, to_messages, to_pieces
+from finetune.data.harmony import (
+    CONTROL_TOKENS,
+    Encoder,
+    Piece,
+    document_pieces,
+    to_messages,
+    to_pieces,
+)
 from helpers.harmony_reference import DATE, default_reference, reference
 from helpers.harmony_strategies import SLOW, conversations
 from helpers.paths import CONVERSATIONS
@@ -174,3 +184,16 @@ def test_a_message_of_weight_0_and_a_prompt_are_not_in_the_loss() -> None:
     row = {"prompt": [USER, earlier, RESULT], "completion": [ASSISTANT]}
     pieces = pieces_of(to_conversation(row))
     assert "".join(piece.text for piece in pieces if piece.in_loss) == LAST_TURN
+
+
+def test_control_tokens_that_are_not_marked_special_stay_text(tiny_model: Path) -> None:
+    """Whatever the model's files say of them, a user cannot forge one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    values = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in values["added_tokens"]:
+        token["special"] = False
+    changed = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(values)))
+    pieces = [Piece(f"a {''.join(CONTROL_TOKENS)} b", False, True)]
+    (ids,), _ = Encoder(changed).encode([pieces])
+    assert not set(ids) & set(Encoder(changed).ids.values())
+    assert ids == Encoder(tokenizer).encode([pieces])[0][0]

@@ -47,6 +47,7 @@ analysis of its own, whether it comes directly after the analysis or after a too
 without any analysis shows neither, so none of its headers is in the loss.
 """
 
+import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -270,7 +271,12 @@ class Encoder:
             )
         # A copy, because this setting would change what the caller's tokenizer does. With it, the
         # name of a control token inside text is encoded as text, so that no user can forge one.
-        self.text_tokenizer = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        # encode_special_tokens spares only tokens that are marked as special, so all that are added
+        # to the vocabulary are marked so here, whatever the model's files say.
+        settings = json.loads(tokenizer.backend_tokenizer.to_str())
+        for token in settings["added_tokens"]:
+            token["special"] = True
+        self.text_tokenizer = Tokenizer.from_str(json.dumps(settings))
         self.text_tokenizer.encode_special_tokens = True
 
     def encode(self, conversations: list[list[Piece]]) -> tuple[list[list[int]], list[list[int]]]:

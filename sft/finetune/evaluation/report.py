@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune.checkpoint.history import first_wandb_run
+from finetune.summary import printable
 
 SHARES = {
     "valid_harmony": "turns that are valid harmony",
@@ -40,7 +41,8 @@ def print_report(evaluation: dict[str, Any], *, title: str) -> None:
     table = Table("asked", "before", "after", show_lines=True)
     for row in evaluation["generations"]:
         table.add_row(
-            Text(short(row["question"])), *(turn_text(row[when]) for when in ("before", "after"))
+            Text(printable(short(row["question"]))),
+            *(turn_text(row[when]) for when in ("before", "after")),
         )
     console.print(table)
 
@@ -56,8 +58,10 @@ def short(text: str, *, limit: int = 400) -> str:
 
 def turn_text(turn: dict[str, Any]) -> Text:
     """A generated turn, and under it, in red, why it is not valid harmony."""
-    text = Text(short(turn["text"]))
-    return text.append(f"\n({turn['problem']})", style="red") if turn["problem"] else text
+    text = Text(printable(short(turn["text"])))
+    return (
+        text.append(f"\n({printable(turn['problem'])})", style="red") if turn["problem"] else text
+    )
 
 
 def send_to_wandb(evaluation: dict[str, Any], *, run_dir: Path) -> None:
