@@ -55,6 +55,7 @@ from finetune.plot import plot_losses
 from finetune.preemption import EXIT_STATUS, PreemptionNotice
 from finetune.summary import print_summary
 from finetune.training.callbacks import EvaluateAtEnd, Throughput
+from finetune.training.divergence import check_tensors
 from finetune.training.tracking import configure_wandb
 from finetune.training.trainer import (
     ResumableSFTTrainer,
@@ -103,6 +104,8 @@ def main() -> None:
             trainer.end()
             return
     exit_if_preempted(trainer)
+    weights = dict(trainer.model.named_parameters())
+    check_tensors(weights, "the trained weights", gather=trainer.saver.gather)
     save(config, data, trainer, throughput, artifact=artifact)
     trainer.end()
 

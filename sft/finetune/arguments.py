@@ -135,7 +135,10 @@ def resolved(config: Config) -> Config:
     # config unless told: the loss would be drowned. The published router is balanced already.
     if training.router_aux_loss_coef is None:
         training.router_aux_loss_coef = 0.0
-    training.include_num_input_tokens_seen = "all"
+    # "all" counts padding as well, and the rate would rise with it.
+    training.include_num_input_tokens_seen = "non_padding"
+    # transformers replaces losses that are not finite in the log by default. Here they end the run.
+    training.logging_nan_inf_filter = False
     training.report_to = ["wandb"] if os.environ.get("WANDB_API_KEY") else []
     return replace(config, run=replace(run, dequantize=dequantize))
 

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
+from finetune.training.divergence import LossWatch, check_step, check_tensors
 from finetune.training.filler import FilledDataset, fill_batches
 from finetune.training.schedule import warm_up_from_first_increment
 from finetune.training.weight_decay import decayed
@@ -52,6 +53,8 @@ class ResumableSFTTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.saver = saver
         self.weights = weights
+        self.loss_watch = LossWatch()
+        self.eval_sums: torch.Tensor | None = None  # loss and tokens of this rank's evaluation
         self.add_callback(saver)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -86,6 +89,54 @@ class ResumableSFTTrainer(SFTTrainer):
         fill_batches(loader)
         return loader
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss; under DeepSpeed checked at once, since its backward pass ends in its step."""
+        loss = super().compute_loss(*args, **kwargs)
+        if self.is_deepspeed_enabled and self.model.training:
+            self.loss_watch.add(loss[0] if isinstance(loss, tuple) else loss)
+            self.check_finite(None)
+        return loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Trainer's, with the loss put aside for the check before the optimizer's step."""
+        loss = super().training_step(*args, **kwargs)
+        self.loss_watch.add(loss)
+        return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """Called by Trainer on all ranks directly before the optimizer's step."""
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.check_finite(grad_norm)
+        return grad_norm
+
+    def check_finite(self, grad_norm: torch.Tensor | float | None) -> None:
+        """Raise UserError on all ranks if a loss or the gradient norm is not finite on one."""
+        problem = self.loss_watch.problem(grad_norm)
+        check_step(self.state.global_step + 1, problem, self.model, gather=self.saver.gather)
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with the sum of the losses and the count of the tokens they are of."""
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        if self.eval_sums is not None:
+            num_tokens = (inputs["labels"][:, 1:] != -100).sum().to(self.eval_sums)
+            loss = result[0].detach().to(self.eval_sums)
+            self.eval_sums += torch.stack([loss * num_tokens, num_tokens])
+        return result
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's, with the loss per token. Its own is a mean over batches, which changes with
+        the batch size and with packing. Raises UserError on all ranks if it is not finite.
+        """
+        self.eval_sums = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, num_tokens = torch.stack(self.saver.gather(self.eval_sums)).sum(dim=0).tolist()
+        self.eval_sums = None
+        loss = total / max(num_tokens, 1)
+        what = f"the losses of the evaluation after step {self.state.global_step}"
+        check_tensors({"eval_loss": torch.tensor(loss)}, what, gather=self.saver.gather)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
     def state_to_save(self) -> dict[str, Any]:
         """The state dict of a checkpoint: this rank's shards of weights and optimizer states, by
         the names of the parameters.
@@ -103,7 +154,10 @@ class ResumableSFTTrainer(SFTTrainer):
             self.saver.save(step, None, lambda folder: stock(model, trial))
             return
         self.store_flos()  # Trainer does so first as well: it puts total_flos into the state
-        self.saver.save(step, self.state_to_save(), self.write_small_files)
+        state_dict = self.state_to_save()
+        what = f"weights or optimizer states after step {step}"
+        check_tensors(state_dict, what, gather=self.saver.gather)
+        self.saver.save(step, state_dict, self.write_small_files)
 
     def write_small_files(self, folder: Path) -> None:
         """What a resume needs beside weights and optimizer."""
@@ -126,6 +180,7 @@ class ResumableSFTTrainer(SFTTrainer):
         # it which shards this rank needs.
         state_dict = self.state_to_save()
         dcp.load(state_dict, checkpoint_id=checkpoint)
+        check_tensors(state_dict, f"tensors of {checkpoint}", gather=self.saver.gather)
         set_state_dict(
             self.model_wrapped,
             self.optimizer.optimizer,
