@@ -59,6 +59,11 @@ def test_a_notice_on_one_rank_stops_all(folder: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_notice_on_one_rank_ends_an_evaluation_on_all_after_the_same_batch(folder: Path) -> None:
+    assert on_both(folder, "the_notice_reaches_rank_1_in_an_evaluation") == 3
+
+
+@pytest.mark.slow
 def test_the_clock_of_rank_0_decides_when_all_save(folder: Path) -> None:
     assert on_both(folder, "it_is_time_on_the_clock_of_rank_0") == [True, False]
     assert on_both(folder, "it_is_time_on_the_clock_of_rank_1") == [False, False]

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from transformers import TrainerControl, TrainerState
 
 from finetune.checkpoint.manifest import MANIFEST
-from finetune.checkpoint.saver import Saver
+from finetune.checkpoint.saver import EvaluationAbandoned, Saver
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
 
@@ -87,6 +87,18 @@ def the_notice_reaches_rank_1(rank: Rank) -> list[bool]:
     return rank.step()
 
 
+def the_notice_reaches_rank_1_in_an_evaluation(rank: Rank) -> int:
+    """How many batches were evaluated before the evaluation was given up."""
+    for batch in range(10):
+        if batch == 3 and rank.rank == 1:
+            rank.notice.received_at = 1.0
+        try:
+            rank.saver.on_prediction_step(None, TrainerState(), TrainerControl())
+        except EvaluationAbandoned:
+            return batch
+    return 10
+
+
 def it_is_time_on_the_clock_of_rank_0(rank: Rank) -> list[bool]:
     rank.now = 100.0 if rank.rank == 0 else 0.0
     return rank.step()
@@ -103,6 +115,7 @@ SCENARIOS: tuple[Callable[[Rank], Any], ...] = (
     the_commit_fails_on_rank_0,
     the_bucket_is_gone_on_rank_1,
     the_notice_reaches_rank_1,
+    the_notice_reaches_rank_1_in_an_evaluation,
     it_is_time_on_the_clock_of_rank_0,
     it_is_time_on_the_clock_of_rank_1,
 )

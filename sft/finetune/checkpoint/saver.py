@@ -4,8 +4,8 @@
     WRITING, each rank      torch DCP writes the copy -> hash the files -> await their upload
     COMMITTING, rank 0      write the manifest -> await its upload -> delete old checkpoints
 
-After every step the ranks all-reduce four votes (on CPU, by gloo), so that all of them enter and
-leave a phase, save, stop or fail at the same step.
+After every step, and after every batch of an evaluation, the ranks all-reduce four votes (on CPU,
+by gloo), so that all of them enter and leave a phase, save, stop or fail at the same moment.
 """
 
 import errno
@@ -63,6 +63,10 @@ class Votes(NamedTuple):
     due: bool  # it is time for another save
     failed: bool  # the background job ended with an error
     running: bool  # the background job has not ended
+
+
+class EvaluationAbandoned(Exception):
+    """A notice came: raised on all ranks after the same batch of the evaluation."""
 
 
 def free_bytes(folder: Path) -> int:
@@ -150,6 +154,16 @@ class Saver(TrainerCallback):
             control.should_save = True
         if self.preempted:
             control.should_save = control.should_training_stop = True
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise EvaluationAbandoned on all ranks after a notice to one of them. An evaluation may
+        take longer than the time that a notice leaves. All ranks have equally many batches.
+        """
+        self.sync_ranks()
+        if self.preempted:
+            raise EvaluationAbandoned
 
     def sync_ranks(self, *, due: bool = False) -> bool:
         """All-reduce the votes of all ranks and act on them; return whether to save now.

@@ -1,6 +1,7 @@
 """SFTTrainer whose checkpoints are saved in the background and resumed on any number of ranks."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
 from finetune.checkpoint.fingerprint import TRAINING_RULES
-from finetune.checkpoint.saver import Saver
+from finetune.checkpoint.saver import EvaluationAbandoned, Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
+from finetune.preemption import EXIT_STATUS
 from finetune.training.divergence import LossWatch, check_step, check_tensors
 from finetune.training.filler import FilledDataset, fill_batches
 from finetune.training.schedule import warm_up_from_first_increment
@@ -158,6 +160,30 @@ class ResumableSFTTrainer(SFTTrainer):
         what = f"weights or optimizer states after step {step}"
         check_tensors(state_dict, what, gather=self.saver.gather)
         self.saver.save(step, state_dict, self.write_small_files)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Called by Trainer on all ranks. After a notice: give the evaluation up, save the step and
+        stop; before the first step, where there is nothing to save, exit with status 143.
+
+        The evaluation is not run again after the resume. The random states that are saved are those
+        that a whole evaluation would have left, and so later steps are those of an undisturbed run.
+        """
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationAbandoned:
+            step = self.state.global_step
+            if step == 0:
+                self.accelerator.print("preempted before the first step: there is nothing to save")
+                sys.exit(EXIT_STATUS)
+            self.accelerator.print(
+                f"preempted: the evaluation at step {step} is given up, and not run again"
+            )
+            self.control.should_save = self.control.should_training_stop = True
+            return {}
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether this is the best checkpoint; an evaluation that was given up cannot say."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
 
     def write_small_files(self, folder: Path) -> None:
         """What a resume needs beside weights and optimizer."""
