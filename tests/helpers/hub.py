@@ -4,7 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
+import httpx2
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 TOKEN = "hf_" + "x" * 34
@@ -40,8 +40,8 @@ class FakeHub:
 
     def repo_info(self, repo_id: str) -> Any:
         if repo_id not in self.private:
-            request = httpx.Request("GET", f"https://hub/api/models/{repo_id}")
-            raise RepositoryNotFoundError("none", response=httpx.Response(404, request=request))
+            request = httpx2.Request("GET", f"https://hub/api/models/{repo_id}")
+            raise RepositoryNotFoundError("none", response=httpx2.Response(404, request=request))
         return SimpleNamespace(private=self.private[repo_id])
 
     def upload_folder(self, *, repo_id: str, folder_path: Path, ignore_patterns: Any) -> None:

@@ -1,5 +1,8 @@
 """Numbers that are not finite end the run, and the message names step, rank and tensor."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,7 +22,7 @@ def test_a_nan_in_any_batch_of_a_step_is_a_problem_of_that_step_only() -> None:
 
 def test_a_rank_without_a_problem_stops_for_the_one_that_has_it() -> None:
     model = torch.nn.Linear(2, 2)
-    answers = iter([[None, "loss"], [None, None]])
+    answers: Iterator[list[Any]] = iter([[None, "loss"], [None, None]])
     with pytest.raises(UserError, match="at step 3, not finite: loss on rank 1; nothing"):
         check_step(3, None, model, gather=lambda _: next(answers))
 
