@@ -10,14 +10,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from trl import ModelConfig
 
 from finetune.checkpoint.artifact import ARTIFACT, SUMMARY, is_finished
+from finetune.checkpoint.contents import METADATA, CheckpointReader, load_tensors
 from finetune.checkpoint.fingerprint import RunRecord, read_record
 from finetune.checkpoint.manifest import (
     check_hashes,
@@ -117,9 +116,9 @@ class SavedCheckpoint(RunWeights):
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
         super().__init__(folder, step=manifest["step"], record=read_record(folder))
-        if not (folder / ".metadata").exists():
+        if not (folder / METADATA).exists():
             raise UserError(f"{folder} is DeepSpeed's: export once the run has finished")
-        self.reader = FileSystemReader(folder)
+        self.reader = CheckpointReader(folder)
         stored = self.reader.read_metadata().state_dict_metadata
         self.stored: dict[str, str] = {}
         for key, entry in stored.items():
@@ -134,7 +133,7 @@ class SavedCheckpoint(RunWeights):
     def rows(
         self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
     ) -> torch.Tensor:
-        """Raises UserError if the checkpoint has been deleted meanwhile."""
+        """Raises UserError if the checkpoint cannot be read, or has been deleted meanwhile."""
         if self.last[0] != name:
             # DCP copies each rank's shard into this tensor, converting it: the whole tensor is
             # never held in the fp32 of the checkpoint, where a stack of 120b takes 8.5 GB.
@@ -143,11 +142,11 @@ class SavedCheckpoint(RunWeights):
             tensor = torch.empty(self.shapes[name], dtype=dtype)
             try:
                 state_dict = {"model": {self.stored[name]: tensor}}
-                dcp.load(state_dict, storage_reader=self.reader, no_dist=True)
-            except (CheckpointException, OSError) as error:
+                load_tensors(state_dict, self.reader, no_dist=True)
+            except UserError as error:
                 raise UserError(
-                    f"{self.folder} cannot be read any more: if the run goes on and has deleted "
-                    "it, export again to another folder"
+                    f"{error}; if the run goes on and has deleted the checkpoint, export again to "
+                    "another folder"
                 ) from error
             self.last = (name, tensor)
         return self.last[1][start:stop].to(device)

@@ -1,12 +1,10 @@
 """SFTTrainer whose checkpoints are saved in the background and resumed on any number of ranks."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from datasets import Dataset
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,6 +16,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerCallback, TrainerState
 from trl import SFTTrainer
 
+from finetune.checkpoint.contents import (
+    SCHEDULER,
+    TRAINER_STATE,
+    CheckpointReader,
+    load_dict,
+    load_tensors,
+    naming,
+)
 from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import EvaluationAbandoned, Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
@@ -189,8 +195,8 @@ class ResumableSFTTrainer(SFTTrainer):
         """What a resume needs beside weights and optimizer."""
         self._save_rng_state(str(folder))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), folder / "scheduler.pt")
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULER)
+            self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """No-op: weights are loaded together with the optimizer's states, in
@@ -202,10 +208,10 @@ class ResumableSFTTrainer(SFTTrainer):
         """Load weights, optimizer and scheduler, however many ranks wrote the checkpoint."""
         if checkpoint is None or self.is_deepspeed_enabled:
             return super()._load_optimizer_and_scheduler(checkpoint)
-        # dcp.load reads into the tensors of the state dict that it is given: the current one tells
-        # it which shards this rank needs.
+        # The tensors of the state dict that is given are read into: the current one tells which
+        # shards this rank needs.
         state_dict = self.state_to_save()
-        dcp.load(state_dict, checkpoint_id=checkpoint)
+        load_tensors(state_dict, CheckpointReader(Path(checkpoint)))
         check_tensors(state_dict, f"tensors of {checkpoint}", gather=self.saver.gather)
         set_state_dict(
             self.model_wrapped,
@@ -214,8 +220,14 @@ class ResumableSFTTrainer(SFTTrainer):
             optim_state_dict=state_dict["optimizer"],
             options=OPTIONS,
         )
-        scheduler = os.path.join(checkpoint, "scheduler.pt")
-        self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        scheduler = Path(checkpoint) / SCHEDULER
+        with naming(scheduler):
+            self.lr_scheduler.load_state_dict(load_dict(scheduler))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with naming(Path(checkpoint) / "rng_state*.pth"):
+                super()._load_rng_state(checkpoint)
 
 
 class RunFinished(Exception):
