@@ -63,7 +63,7 @@ def test_a_checkpoint_that_was_written_can_be_read(folder: Path) -> None:
 def test_tensors_and_other_values_are_read(tmp_path: Path) -> None:
     value = {"betas": (0.9, 0.999), "fused": True, "name": "x", "none": None}
     reader = CheckpointReader(saved_tensor(tmp_path / "checkpoint-1", value))
-    state = {"a": torch.zeros(2), "b": dict.fromkeys(value)}
+    state: dict[str, Any] = {"a": torch.zeros(2), "b": dict.fromkeys(value)}
     load_tensors(state, reader, no_dist=True)
     assert state["a"].tolist() == [1, 1] and state["b"] == value
 
