@@ -1,4 +1,5 @@
-"""Turn a run into what serves: an adapter, merged bf16 weights, or MXFP4 as gpt-oss is published.
+"""Turn a run into what serves: an adapter, merged bf16 weights, MXFP4 as gpt-oss is published, or
+GGUF for llama.cpp.
 
 On the node:
 
@@ -30,7 +31,8 @@ class ExportArguments:
     format: Format = field(
         metadata={
             "help": "adapter: LoRA's alone, as PEFT saves it; bf16: all weights, LoRA merged; "
-            "mxfp4: the same, the experts in MXFP4."
+            "mxfp4: the same, the experts in MXFP4; gguf: the same as one file for llama.cpp and "
+            "Ollama; gguf-adapter: LoRA's alone, for llama.cpp."
         }
     )
     output: Path = field(
@@ -73,12 +75,16 @@ from finetune.export.base import open_base
 from finetune.export.card import default_name, fidelity_rows, write_card
 from finetune.export.fidelity import fidelity_hints, measure_fidelity
 from finetune.export.files import write_config, write_tokenizer
+from finetune.export.gguf_adapter import write_adapter as write_gguf_adapter
+from finetune.export.gguf_model import write_model
 from finetune.export.hub import check_hub, push
 from finetune.export.merge import open_merged
+from finetune.export.modelfile import write_modelfile
 from finetune.export.record import ExportRecord, check_same_export, read_record
 from finetune.export.samples import conversations_of_run
 from finetune.export.shards import MAX_SHARD_BYTES, write_weights
 from finetune.export.source import find_run_weights
+from finetune.model.loading import load_tokenizer
 from finetune.summary import print_summary
 
 
@@ -103,8 +109,10 @@ def export(
     begun = read_record(output)
     origin = begun.origin if begun else None  # so that a newer checkpoint is not mixed in
     run_weights = find_run_weights(run_dir, origin=origin, check=args.verify)
-    if form == "adapter" and not run_weights.is_adapter:
-        raise UserError("this run trained all weights, it has no adapter: --format bf16 or mxfp4")
+    if form in ("adapter", "gguf-adapter") and not run_weights.is_adapter:
+        raise UserError(
+            "this run trained all weights, it has no adapter: --format bf16, mxfp4 or gguf"
+        )
     base = open_base(run_weights.record, moved_to=args.model)
     merged, lora = open_merged(run_weights, base)
     fingerprint = run_weights.record.identity()
@@ -114,10 +122,18 @@ def export(
     output.mkdir(parents=True, exist_ok=True)
     record.write(output, finished=False)
     print(f"{form} of {run_weights.folder}, step {run_weights.step}, to {output}", flush=True)
-    write_tokenizer(base, output)
+    name = args.push_to_hub or default_name(run_dir)
     if form == "adapter" and lora is not None:
+        write_tokenizer(base, output)
         write_adapter(run_weights, lora, output)
+    elif form == "gguf":
+        tokenizer = load_tokenizer(base.model_id, revision=base.revision)
+        write_model(merged, tokenizer, output, name=name)
+        write_modelfile(output)
+    elif form == "gguf-adapter":
+        write_gguf_adapter(merged, output, name=name)
     else:
+        write_tokenizer(base, output)
         write_config(base, output, form=form)
         write_weights(merged, output, form=form, max_bytes=max_shard_bytes)
 
@@ -132,7 +148,6 @@ def export(
     if form == "adapter" and lora is not None:
         record.hints += vllm_limits(run_weights, lora)
 
-    name = args.push_to_hub or default_name(run_dir)
     write_card(output, run_weights, record, name=name)
     record.write(output, finished=True)
     print_result(record, output, name)

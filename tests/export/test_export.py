@@ -199,11 +199,17 @@ def test_a_lora_run_is_exported_in_every_format(
     (run_dir / "final/evaluation.json").write_text(json.dumps(EVALUATION))
     records = {form: export_as(form, run_dir, tmp_path) for form in FORMATS}
     check_all_load(run_dir, tmp_path, tiny_model, FORMATS)
+    # transformers does not run GGUF; tests/export/test_gguf.py does so in llama.cpp.
+    records |= {form: export_as(form, run_dir, tmp_path) for form in ("gguf", "gguf-adapter")}
+    assert "FROM ./model.gguf" in (tmp_path / "gguf/Modelfile").read_text()
+    assert "llama-server" in (tmp_path / "gguf-adapter/README.md").read_text()
     fidelity = {form: record["fidelity"] for form, record in records.items()}
     for form, measured in fidelity.items():
         assert measured["kl"] < 0.05 * measured["experts_effect_kl"], form
     assert fidelity["bf16"]["experts_kept"] > 0.99 > fidelity["mxfp4"]["experts_kept"] > 0.5
     assert fidelity["mxfp4"]["kl_bf16"] == fidelity["bf16"]["kl"] < fidelity["mxfp4"]["kl"]
+    assert fidelity["gguf"] == pytest.approx(fidelity["mxfp4"])  # the same weights
+    assert fidelity["gguf-adapter"] == pytest.approx(fidelity["bf16"], rel=1e-3)
     assert "re-quantisation costs" in records["mxfp4"]["hints"][0]
 
     card = (tmp_path / "bf16/README.md").read_text()
@@ -239,7 +245,10 @@ def test_a_full_run_is_exported_as_bf16_and_mxfp4(
     result = launch("fsdp2.yaml")
     assert result.returncode == 0, result.stderr
     run_dir = tmp_path / "run"
-    records = {form: export_as(form, run_dir, tmp_path) for form in ("bf16", "mxfp4")}
+    records = {form: export_as(form, run_dir, tmp_path) for form in ("bf16", "mxfp4", "gguf")}
+    assert records["gguf"]["fidelity"] == pytest.approx(records["mxfp4"]["fidelity"])
+    with pytest.raises(UserError, match="has no adapter"):
+        export_as("gguf-adapter", run_dir, tmp_path)
     check_all_load(run_dir, tmp_path, tiny_model, ("bf16", "mxfp4"))
     assert records["bf16"]["fidelity"]["kl"] == 0
     assert records["mxfp4"]["fidelity"]["kl"] > 0

@@ -43,7 +43,7 @@ def test_experts_that_were_not_merged_are_noticed_in_the_weights(
     merged = open_run(run_dir)
     write_weights(forget_experts(merged), tmp_path, form=form)
     with pytest.raises(UserError, match="mlp.experts.* has vanished in the export: 0.0%"):
-        experts_kept(tmp_path, merged)
+        experts_kept(tmp_path, merged, form=form)
 
 
 def test_experts_that_were_not_merged_are_noticed_in_the_predictions(
@@ -64,9 +64,9 @@ def test_changes_too_small_for_mxfp4_are_noticed(tiny_model: Path, tmp_path: Pat
     for form in ("bf16", "mxfp4"):
         (tmp_path / form).mkdir()
         write_weights(merged, tmp_path / form, form=form)
-    assert experts_kept(tmp_path / "bf16", merged)
+    assert experts_kept(tmp_path / "bf16", merged, form="bf16")
     with pytest.raises(UserError, match="vanished.* take --format adapter"):
-        experts_kept(tmp_path / "mxfp4", merged)
+        experts_kept(tmp_path / "mxfp4", merged, form="mxfp4")
 
 
 def test_an_adapter_without_effect_on_experts_is_not_measured(
@@ -75,7 +75,7 @@ def test_an_adapter_without_effect_on_experts_is_not_measured(
     save_adapter_run(tmp_path / "run", tiny_model, std=0.0)
     merged = open_run(tmp_path / "run")
     write_weights(merged, tmp_path, form="bf16")
-    assert experts_kept(tmp_path, merged) is None
+    assert experts_kept(tmp_path, merged, form="bf16") is None
 
 
 def test_a_costly_requantisation_is_a_hint() -> None:

@@ -89,13 +89,21 @@ def random_mxfp4(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
     return blocks, scales
 
 
-def save_tiny_gpt_oss(folder: Path, texts: list[str], *, seed: int = 0, **sizes: int) -> Path:
+def save_tiny_gpt_oss(
+    folder: Path,
+    texts: list[str],
+    *,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    **sizes: int,
+) -> Path:
     """Write config, tokenizer and MXFP4 weights to folder, in the published checkpoint's layout.
 
-    sizes: of the model, other than the tiny one's, as GptOssConfig names them.
+    texts: what a tokenizer is trained on, unless one is given. sizes: of the model, other than the
+    tiny one's, as GptOssConfig names them.
     """
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer(texts)
+    tokenizer = tokenizer or make_tokenizer(texts)
     config = tiny_config(tokenizer, **sizes)
     model = GptOssForCausalLM(config).to(torch.bfloat16)
     tensors: dict[str, torch.Tensor] = {}

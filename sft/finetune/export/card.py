@@ -17,17 +17,35 @@ from finetune.export.source import RunWeights
 from finetune.summary import as_text
 
 LOADING = {
-    "adapter": """base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{name}")""",
-    "bf16": 'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
-    "mxfp4": 'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
+    "adapter": """```python
+base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
+model = PeftModel.from_pretrained(base, "{name}")
+```""",
+    "bf16": """```python
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+```""",
+    "mxfp4": """```python
+model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
+```""",
+    "gguf": """```bash
+llama-server -m model.gguf --jinja
+```""",
+    "gguf-adapter": """With `base.gguf`, a GGUF file of {base} whose experts are in MXFP4:
+
+```bash
+llama-server -m base.gguf --lora adapter.gguf --jinja
+```""",
 }
 DESCRIPTIONS = {
     "adapter": "A LoRA adapter in PEFT's format, experts included (`target_parameters`)",
     "bf16": "All weights in bf16",
     "mxfp4": "All weights, the experts re-quantised to MXFP4 in the layout of the published "
     "checkpoint",
+    "gguf": "All weights as one GGUF file for llama.cpp, Ollama and LM Studio, the experts "
+    "re-quantised to MXFP4",
+    "gguf-adapter": "A LoRA adapter as a GGUF file for llama.cpp, experts included",
 }
+LIBRARIES = {"adapter": "peft", "gguf": "gguf", "gguf-adapter": "gguf"}  # transformers otherwise
 # How each figure of fidelity.measure_fidelity is called, in the order of the table.
 LABELS = {
     "num_tokens": "tokens compared",
@@ -72,7 +90,7 @@ def write_card(output: Path, run_weights: RunWeights, record: ExportRecord, *, n
         front_matter(run, record),
         f"# {name}\n\n{DESCRIPTIONS[record.format]}: {base} fine-tuned on "
         f"{hub_name(run.dataset)}. From `{record.origin}`, step {record.step}.",
-        "```python\n" + LOADING[record.format].format(base=base, name=name) + "\n```",
+        LOADING[record.format].format(base=base, name=name),
         "## Training\n\n" + table(training_rows(run)),
         evaluation(run_weights.folder, output),
         fidelity_section(record),
@@ -85,13 +103,14 @@ def front_matter(run: RunRecord, record: ExportRecord) -> str:
     """The YAML that the hub reads. It names models and datasets of the hub, never local folders."""
     fields: dict[str, Any] = {
         "license": "apache-2.0",
-        "library_name": "peft" if record.format == "adapter" else "transformers",
+        "library_name": LIBRARIES.get(record.format, "transformers"),
         "pipeline_tag": "text-generation",
         "tags": ["gpt-oss", "harmony", "sft", "trl", *(["lora"] if run.use_peft else [])],
     }
     if is_on_hub(run.model):
         fields["base_model"] = run.model
-        fields["base_model_relation"] = "adapter" if record.format == "adapter" else "finetune"
+        is_adapter = record.format in ("adapter", "gguf-adapter")
+        fields["base_model_relation"] = "adapter" if is_adapter else "finetune"
     # A dataset may be followed by its split, revision or number of repetitions.
     datasets = [re.split(r"[:@*]", source)[0] for source in run.dataset.split(",")]
     if all(map(is_on_hub, datasets)):

@@ -18,16 +18,20 @@ from transformers import GptOssForCausalLM, Mxfp4Config
 
 from finetune.errors import UserError
 from finetune.export.divergence import Logits, Rows, compare_logits, divergence, logits_of, loss
+from finetune.export.gguf_adapter import ADAPTER as GGUF_ADAPTER
+from finetune.export.gguf_model import MODEL
+from finetune.export.gguf_weights import GgufWeights
 from finetune.export.merge import MergedWeights, adapted_skeleton
 from finetune.export.record import Format
 from finetune.export.source import RunWeights, read_names
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_config, load_model, meta_model
-from finetune.model.weights import BaseWeights, fill
+from finetune.model.weights import BaseWeights, WeightSource, fill
 
 # Two correct kernels differ by less than this KL. If training changed the predictions by no more,
 # they cannot show whether the change is there; only the weights can.
 NOISE_KL = 1e-4
+REQUANTISED = ("mxfp4", "gguf")  # the formats that write experts back to MXFP4
 KEPT = 0.01  # the share of a stack's change below which it counts as lost
 
 
@@ -40,7 +44,7 @@ def measure_fidelity(
     lacks what was trained.
     """
     # The weights first: that takes little memory, and a lost change shows in them for certain.
-    kept = experts_kept(output, merged) if form != "adapter" else None
+    kept = experts_kept(output, merged, form=form) if form != "adapter" else None
     result = compare_predictions(output, merged, rows, form=form)
     check_effect(result, form=form)
     return result if kept is None else result | {"experts_kept": kept}
@@ -56,7 +60,7 @@ def compare_predictions(
     """
     references = reference_logits(merged, rows)
     trained = references["trained"]
-    exported = logits_of(load_artifact(output, merged.base, form=form), rows)
+    exported = logits_of(load_artifact(output, merged, form=form), rows)
     result: dict[str, Any] = compare_logits(trained, exported, rows) | {
         "loss_trained": loss(trained, rows),
         "loss_base": loss(references["base"], rows),
@@ -64,10 +68,10 @@ def compare_predictions(
     }
     if "without_experts" in references:
         result["experts_effect_kl"] = divergence(trained, references["without_experts"])
-    if form == "mxfp4":
+    if form in REQUANTISED:
         # The merged weights in bf16 tell what merging costs, and so what re-quantisation adds.
         is_adapter = merged.run_weights.is_adapter
-        bf16 = logits_of(in_memory(merged), rows) if is_adapter else trained
+        bf16 = logits_of(in_memory(merged, merged.base), rows) if is_adapter else trained
         result |= {"kl_bf16": divergence(trained, bf16), "loss_bf16": loss(bf16, rows)}
     return result
 
@@ -76,11 +80,11 @@ def check_effect(result: dict[str, Any], *, form: Format) -> None:
     """Raise UserError if the artifact is about as far from the trained model as it would be without
     the training of its experts.
 
-    MXFP4 is exempt: re-quantisation can cost as much as a short training gave. That is measured and
-    becomes a hint.
+    Experts in MXFP4 are exempt: re-quantisation can cost as much as a short training gave. That is
+    measured and becomes a hint.
     """
     effect = result.get("experts_effect_kl", result["effect_kl"])
-    if form != "mxfp4" and effect > NOISE_KL and result["kl"] > effect / 2:
+    if form not in REQUANTISED and effect > NOISE_KL and result["kl"] > effect / 2:
         raise UserError(
             f"the export has lost what was trained: its KL divergence from the trained model is "
             f"{result['kl']:.2e}, that of the model without it {effect:.2e}"
@@ -89,7 +93,7 @@ def check_effect(result: dict[str, Any], *, form: Format) -> None:
 
 def fidelity_hints(fidelity: dict[str, Any], *, form: Format, is_adapter: bool) -> list[str]:
     """Sentences for the user on what re-quantisation to MXFP4 costs; none for other formats."""
-    if form != "mxfp4":
+    if form not in REQUANTISED:
         return []
     lost = fidelity["kl"] - fidelity["kl_bf16"]
     hints = [
@@ -98,20 +102,21 @@ def fidelity_hints(fidelity: dict[str, Any], *, form: Format, is_adapter: bool) 
         f"{fidelity['effect_kl']:.2e}"
     ]
     if is_adapter and fidelity["kl"] > 0.1 * fidelity["effect_kl"]:
+        separate = "gguf-adapter" if form == "gguf" else "adapter"
         hints.append(
             "that is over a tenth of what training changed: better keep the adapter separate, "
-            "beside the published MXFP4 base (--format adapter), or serve bf16"
+            f"beside the published MXFP4 base (--format {separate}), or serve bf16"
         )
     return hints
 
 
-def experts_kept(output: Path, merged: MergedWeights) -> float | None:
+def experts_kept(output: Path, merged: MergedWeights, *, form: Format) -> float | None:
     """The share of the experts' change in training that the artifact's files hold: 1 is all of it.
 
     Of each stack of experts the change on disk is projected on the change in training. The least of
     all stacks is returned, or None if no stack was trained. Raises UserError if one has vanished.
     """
-    files, least = BaseWeights(str(output)), None
+    files, least = artifact_weights(output, merged, form=form), None
     for name in filter(merged.is_experts, merged.names):
         along = total = 0.0
         for start, stop in merged.chunks(name):
@@ -146,7 +151,7 @@ def reference_logits(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
     run_weights, base = merged.run_weights, merged.base
     if not run_weights.is_adapter:
         return {
-            "trained": logits_of(in_memory(merged), rows),
+            "trained": logits_of(in_memory(merged, base), rows),
             "base": logits_of(
                 load_model(base, attn_implementation="eager", dequantize=False), rows
             ),
@@ -185,21 +190,31 @@ def without_experts(model: PeftModel) -> Iterator[None]:
         module.scaling["default"] = value
 
 
-def in_memory(merged: MergedWeights) -> GptOssForCausalLM:
-    """A model of the merged weights in bf16, straight from where they are computed."""
-    config = load_config(merged.base.model_id, revision=merged.base.revision)
+def in_memory(weights: WeightSource, base: BaseWeights) -> GptOssForCausalLM:
+    """A model of these weights in bf16, straight from where they are read or computed."""
+    config = load_config(base.model_id, revision=base.revision)
     config._attn_implementation = "eager"
     model = meta_model(config)
-    fill(model, merged, device=PartialState().device, dequantize=True)
+    fill(model, weights, device=PartialState().device, dequantize=True)
     return model
 
 
-def load_artifact(output: Path, base: BaseWeights, *, form: Format) -> Any:
-    """Load the artifact as its users do, with transformers and PEFT alone.
+def artifact_weights(output: Path, merged: MergedWeights, *, form: Format) -> WeightSource:
+    """The weights of the model that an artifact makes, read from its files."""
+    if form in ("gguf", "gguf-adapter"):
+        return GgufWeights(merged, output / (MODEL if form == "gguf" else GGUF_ADAPTER))
+    return BaseWeights(str(output))
+
+
+def load_artifact(output: Path, merged: MergedWeights, *, form: Format) -> Any:
+    """Load the artifact as its users do, with transformers and PEFT alone; of GGUF its weights,
+    because transformers does not run it.
 
     Raises UserError if a weight is missing or unknown, or if a file is cut off.
     """
-    source = output if form != "adapter" else base.folder
+    if form in ("gguf", "gguf-adapter"):
+        return in_memory(artifact_weights(output, merged, form=form), merged.base)
+    source = output if form != "adapter" else merged.base.folder
     if form != "adapter":
         read_names(sorted(set(BaseWeights(str(output)).files.values())))
     is_packed = "quantization_config" in (source / "config.json").read_text()

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from finetune.errors import UserError
 
 RECORD = "export.json"
-Format = Literal["adapter", "bf16", "mxfp4"]
+Format = Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-adapter"]
 
 
 @dataclass

@@ -7,7 +7,8 @@ nothing can load the folder without it.
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -66,17 +67,27 @@ def stored_tensors(merged: MergedWeights, name: str, *, form: Format) -> dict[st
     groups = inner // BLOCK_SIZE
     all_blocks = torch.empty((num_experts, out, groups, BLOCK_SIZE // 2), dtype=torch.uint8)
     all_scales = torch.empty((num_experts, out, groups), dtype=torch.uint8)
+    for start, stop, blocks, scales in packed_chunks(merged, name):
+        all_blocks[start:stop], all_scales[start:stop] = blocks, scales
+    return {f"{name}_blocks": all_blocks, f"{name}_scales": all_scales}
+
+
+def packed_chunks(
+    merged: MergedWeights, name: str
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """A stack of experts in MXFP4, some experts at a time: the first, the one after the last, their
+    blocks (stop - start, out, in / 32, 16) and their scales (stop - start, out, in / 32).
+
+    Blocks that training has not changed keep the bytes of the published checkpoint.
+    """
     for start, stop in merged.chunks(name):
         # MXFP4's blocks lie along "in", which is the last dimension of the stored layout.
         weights = merged.rows(name, start=start, stop=stop).transpose(1, 2).contiguous()
         if merged.base.is_packed(name):
-            # Blocks that training has not changed keep the bytes of the published checkpoint.
             packed = read_packed(merged.base, name, start=start, stop=stop)
-            blocks, scales = requantize(weights, packed.blocks, packed.scales)
+            yield start, stop, *requantize(weights, packed.blocks, packed.scales)
         else:
-            blocks, scales = quantize(weights)
-        all_blocks[start:stop], all_scales[start:stop] = blocks, scales
-    return {f"{name}_blocks": all_blocks, f"{name}_scales": all_scales}
+            yield start, stop, *quantize(weights)
 
 
 def free_bytes(folder: Path) -> int:
@@ -102,19 +113,26 @@ def write_weights(
     done = [is_complete(output / file) for file in files]
     missing = sum(size for size, is_done in zip(sizes, done, strict=True) if not is_done)
     check_space(output, missing, free=free_bytes(output))
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
-    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn()) as progress:
-        task = progress.add_task(form, total=sum(sizes))
+    with show_progress(form, total=sum(sizes)) as advance:
         for file, names, size, is_done in zip(files, shards, sizes, done, strict=True):
             if is_done:
-                progress.advance(task, size)
+                advance(size)
                 continue
             tensors: dict[str, torch.Tensor] = {}
             for name in names:
                 tensors |= stored_tensors(merged, name, form=form)
-                progress.advance(task, num_bytes(merged, name, form=form))
+                advance(num_bytes(merged, name, form=form))
             write_shard(tensors, output / file)
     write_index(output, files)
+
+
+@contextmanager
+def show_progress(form: Format, *, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a bar of `total` bytes; what it gives adds bytes that are written."""
+    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn()]
+    with Progress(*columns, TransferSpeedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(form, total=total)
+        yield lambda size: progress.advance(task, size)
 
 
 def write_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
