@@ -28,6 +28,10 @@ export UV_PYTHON_PREFERENCE ?= system
 # Where it is set, each of some hundred processes would compile torch and transformers anew: 9 s.
 unexport PYTHONDONTWRITEBYTECODE
 
+# OpenAI's own model code, which tests compare with. It asks for Python 3.12 and a web server; the one file that is
+# read, torch/model.py, needs neither.
+REFERENCE := gpt-oss==0.0.9
+
 .PHONY: rehearse preview check test-fast test test-sky imports sky lock clean
 
 rehearse: $(TRAIN)/.installed
@@ -61,6 +65,7 @@ sky: $(SKY)/.installed
 $(TRAIN)/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
 	$(UV) venv -q --allow-existing $(CREATE) $(TRAIN)
 	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock triton
+	$(UV) pip install -q --no-deps --python-version 3.12 --target $(TRAIN)/openai $(REFERENCE)
 	touch $@
 
 $(SKY)/.installed: tests/sky/requirements.lock | $(UV)
