@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GptOssForCausalLM
+from transformers import AutoTokenizer, GptOssForCausalLM
 from trl import ModelConfig
 
 from finetune.errors import UserError
-from finetune.model.loading import load_config, load_model
+from finetune.model.loading import load_config, load_model, load_tokenizer, save_tokenizer
 from finetune.model.lora import expert_parameters, lora_config
 from finetune.model.weights import BaseWeights
 
@@ -43,6 +43,24 @@ def test_lora_finds_the_experts_in_the_model(model: GptOssForCausalLM) -> None:
     assert config is not None and config.target_parameters == names
     with pytest.raises(UserError, match="no stacked expert weights"):
         expert_parameters(torch.nn.Linear(4, 4))
+
+
+def test_a_saved_tokenizer_is_one_that_transformers_4_knows(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(tiny_model))
+    save_tokenizer(tokenizer, tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|start|>user<|message|>How do I cook rice?<|end|>"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.chat_template == tokenizer.chat_template
+    assert (again.bos_token, again.eos_token, again.pad_token) == (
+        tokenizer.bos_token,
+        tokenizer.eos_token,
+        tokenizer.pad_token,
+    )
 
 
 def test_a_model_that_is_missing_or_not_gpt_oss_is_refused(tmp_path: Path) -> None:

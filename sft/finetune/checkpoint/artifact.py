@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoint.bucket import await_upload
+from finetune.model.loading import save_tokenizer
 
 ARTIFACT = "final"
 SUMMARY = "summary.json"
@@ -47,7 +48,7 @@ def save_artifact(
             artifact, state_dict=state_dict, save_original_format=False
         )
         fix_saved_config(artifact)
-        tokenizer.save_pretrained(artifact)
+        save_tokenizer(tokenizer, artifact)
         files = sorted(path for path in artifact.iterdir() if path.is_file())
         await_upload(files)
         sizes = {path.name: path.stat().st_size for path in files}

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from finetune.export.record import Format
-from finetune.model.loading import load_tokenizer
+from finetune.model.loading import load_tokenizer, save_tokenizer
 from finetune.model.weights import BaseWeights
 
 # As config.json of openai/gpt-oss-20b has it; used if the base's own config has none, because that
@@ -23,7 +23,7 @@ QUANTIZATION = {
 
 def write_tokenizer(base: BaseWeights, output: Path) -> None:
     """Write the base's tokenizer and its chat template."""
-    load_tokenizer(base.model_id, revision=base.revision).save_pretrained(output)
+    save_tokenizer(load_tokenizer(base.model_id, revision=base.revision), output)
 
 
 def write_config(base: BaseWeights, output: Path, *, form: Format) -> None:

@@ -4,6 +4,7 @@ The model is built without weights, on the meta device. Its weights are then rea
 they are trained, so that no process ever holds a second copy of them.
 """
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
@@ -51,6 +52,17 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
         if Path(model_id).is_dir() and not (Path(model_id) / "tokenizer.json").exists():
             reason = "the folder holds no tokenizer.json: copy it from the model it was made from"
         raise UserError(f"the tokenizer of {model_id!r} cannot be read; {reason}") from error
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer and its chat template so that transformers 4 and 5 load them."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    # transformers 5.23.0 writes TokenizersBackend, its new name of this class, and transformers 4
+    # (4.57.1 was tried) ends with "Tokenizer class TokenizersBackend does not exist".
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    file.write_text(json.dumps(config, indent=2))
 
 
 def meta_model(config: GptOssConfig) -> GptOssForCausalLM:
