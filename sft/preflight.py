@@ -6,10 +6,17 @@ Run once on each node by the task files. It leaves the tokenised data in the cac
 ranks only read it.
 """
 
+from finetune.launcher import end_workers_with_parent
+from finetune.preemption import PreemptionNotice
+
+if __name__ == "__main__":  # before the imports below, which take eight seconds
+    PreemptionNotice().listen()
+    end_workers_with_parent()
+
 from finetune.command_line import answer_help
 
 if __name__ == "__main__":
-    answer_help(__doc__)  # before the imports below, which take eight seconds
+    answer_help(__doc__)
 
 from dataclasses import replace
 

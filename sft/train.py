@@ -7,10 +7,19 @@ The flags are this project's (finetune/arguments.py, finetune/data/options.py) a
 SFTConfig, ModelConfig and ScriptArguments. The task files show the ones worth setting.
 """
 
+from finetune.launcher import end_with_launcher, end_workers_with_parent
+from finetune.preemption import EXIT_STATUS, PreemptionNotice
+
+notice = PreemptionNotice()
+if __name__ == "__main__":  # before the imports below, which take eight seconds
+    notice.listen()
+    end_with_launcher(is_saving=lambda: notice.received)
+    end_workers_with_parent()
+
 from finetune.command_line import answer_help
 
 if __name__ == "__main__":
-    answer_help(__doc__)  # before the imports below, which take eight seconds
+    answer_help(__doc__)
 
 import copy
 import sys
@@ -52,7 +61,6 @@ from finetune.model.mxfp4 import exclude_packed_from_ddp
 from finetune.model.weights import BaseWeights
 from finetune.node import check_gpus, check_output_dir
 from finetune.plot import plot_losses
-from finetune.preemption import EXIT_STATUS, PreemptionNotice
 from finetune.summary import print_summary
 from finetune.training.callbacks import EvaluateAtEnd, Throughput
 from finetune.training.divergence import check_tensors
@@ -104,6 +112,7 @@ def main() -> None:
             trainer.end()
             return
     exit_if_preempted(trainer)
+    notice.promise = "SIGTERM: the last step is saved; the result is still written, if time allows"
     weights = dict(trainer.model.named_parameters())
     check_tensors(weights, "the trained weights", gather=trainer.saver.gather)
     save(config, data, trainer, throughput, artifact=artifact)
@@ -146,8 +155,6 @@ def make_trainer(
     model = load_model(
         weights, attn_implementation=attention, dequantize=bool(config.run.dequantize)
     )
-    notice = PreemptionNotice()
-    notice.listen()  # until here SIGTERM ends the process: there is nothing to save yet
     saver = Saver(
         run_dir,
         notice=notice,

@@ -27,7 +27,7 @@ from finetune.checkpoint.contents import (
 from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import EvaluationAbandoned, Saver
 from finetune.model.weights import BaseWeights, shard_and_fill
-from finetune.preemption import EXIT_STATUS
+from finetune.preemption import EXIT_STATUS, OutliveNotice
 from finetune.training.divergence import LossWatch, check_step, check_tensors
 from finetune.training.filler import FilledDataset, fill_batches
 from finetune.training.schedule import warm_up_from_first_increment
@@ -91,10 +91,13 @@ class ResumableSFTTrainer(SFTTrainer):
 
     def _get_dataloader(self, dataset: Dataset, description: str, *args: Any, **kwargs: Any) -> Any:
         if self.training_rules < 2:
-            return super()._get_dataloader(dataset, description, *args, **kwargs)
-        rows = self._remove_unused_columns(dataset, description=description)
-        loader = super()._get_dataloader(FilledDataset(rows), description, *args, **kwargs)
-        fill_batches(loader)
+            loader = super()._get_dataloader(dataset, description, *args, **kwargs)
+        else:
+            rows = self._remove_unused_columns(dataset, description=description)
+            loader = super()._get_dataloader(FilledDataset(rows), description, *args, **kwargs)
+            fill_batches(loader)
+        base = getattr(loader, "base_dataloader", loader)  # accelerate wraps what iterates
+        base.worker_init_fn = OutliveNotice(base.worker_init_fn)
         return loader
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
@@ -185,6 +188,7 @@ class ResumableSFTTrainer(SFTTrainer):
                 f"preempted: the evaluation at step {step} is given up, and not run again"
             )
             self.control.should_save = self.control.should_training_stop = True
+            self.control.should_evaluate = False  # Trainer would ask again at the epoch's end
             return {}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

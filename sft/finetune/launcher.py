@@ -1,0 +1,69 @@
+"""Processes that end when the one that started them is gone.
+
+A launcher that is killed cannot end its ranks. They would train, save and delete checkpoints
+beside the launch that replaces them.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+SECONDS_BETWEEN_CHECKS = 0.2
+PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
+
+
+def end_with_launcher(*, is_saving: Callable[[], bool]) -> None:
+    """From now on, end this process with status 1 soon after the one that started it has ended.
+
+    is_saving: whether this rank is saving because of a notice. Then it has as long to do so as a
+    launcher would have given it: a notice to all processes may end the launcher first.
+    """
+    # The kernel can send a signal at once (as below, to workers), but not wait for a save.
+    watch = threading.Thread(
+        target=end_after, args=[os.getppid(), is_saving], name="launcher", daemon=True
+    )
+    watch.start()
+
+
+def end_after(launcher: int, is_saving: Callable[[], bool]) -> None:
+    """The thread: wait until the process `launcher` is no longer this one's parent, then end."""
+    while os.getppid() == launcher:
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    deadline = time.monotonic() + float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
+    while is_saving() and time.monotonic() < deadline:
+        time.sleep(SECONDS_BETWEEN_CHECKS)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with suppress(OSError):  # whoever read the log may be gone too
+            print(
+                "error: the launcher of this rank has ended, or was killed: training stops without "
+                "a save; launch again to go on from the newest complete checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+    os._exit(1)
+
+
+def end_workers_with_parent() -> None:
+    """From now on, a process forked from this one or from a worker of its is killed when its parent
+    ends. On Linux; elsewhere workers end when they next ask their parent for work.
+    """
+    if sys.platform != "linux":
+        return
+    prctl = ctypes.CDLL(None).prctl
+    parent = os.getpid()
+
+    def before() -> None:
+        nonlocal parent
+        parent = os.getpid()
+
+    def in_worker() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+
+    os.register_at_fork(before=before, after_in_child=in_worker)
