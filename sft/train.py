@@ -66,9 +66,9 @@ from finetune.training.callbacks import EvaluateAtEnd, Throughput
 from finetune.training.divergence import check_tensors
 from finetune.training.tracking import configure_wandb
 from finetune.training.trainer import (
+    Beginning,
     ResumableSFTTrainer,
     RunFinished,
-    StopIfFinished,
     configure_gradients,
 )
 from finetune.training.watchdog import Watchdog
@@ -173,7 +173,7 @@ def make_trainer(
         processing_class=data.tokenizer,
         peft_config=lora_config(model, config.model),
         callbacks=[
-            StopIfFinished(),
+            Beginning(saver),
             EvaluateAtEnd(),
             LaunchLog(run_dir, saver, wandb_run_id=wandb_run_id),
             Watchdog(timeout=patience, is_excused=lambda: saver.is_waiting),

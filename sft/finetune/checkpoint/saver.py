@@ -146,10 +146,10 @@ class Saver(TrainerCallback):
             self.step_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
             self.dcp_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """From here on a notice does not end the process: there will be a step to save."""
+    def promise_to_save(self) -> None:
+        """From here on a notice does not end the process: there will be a step to save. Called by
+        all ranks.
+        """
         self.barrier()  # a rank that ended now would leave others waiting in the first step
         self.notice.promise = "SIGTERM: training saves what is done, and ends"
 

@@ -238,15 +238,20 @@ class RunFinished(Exception):
     """The checkpoint that training resumed from is that of the run's last step."""
 
 
-class StopIfFinished(TrainerCallback):
-    """Raises RunFinished when all steps are done already.
+class Beginning(TrainerCallback):
+    """Before the first step: has notices answered by a save from now on, and raises RunFinished
+    when all steps are done already. First of our callbacks: others record that training has begun.
 
     Trainer (transformers 5.23.0) looks at max_steps only after a step, and would train one more.
     """
 
+    def __init__(self, saver: Saver) -> None:
+        self.saver = saver
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             raise RunFinished
+        self.saver.promise_to_save()
 
 
 def configure_gradients(trainer: SFTTrainer) -> None:
