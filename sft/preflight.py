@@ -2,16 +2,19 @@
 
     python sft/preflight.py FLAGS       the flags of train.py
 
-Run once on each node by the task files. It leaves the tokenised data in the cache, so that the
-ranks only read it.
+Run once on each node by the task files; if it fails on one node, it fails on all. It leaves the
+tokenised data in the cache, so that the ranks only read it.
 """
 
 from finetune.launcher import end_workers_with_parent
+from finetune.node import main_port, node_addresses, node_rank, task_id
 from finetune.preemption import PreemptionNotice
+from finetune.rendezvous import Rendezvous
 
 if __name__ == "__main__":  # before the imports below, which take eight seconds
     PreemptionNotice().listen()
     end_workers_with_parent()
+    nodes = Rendezvous(node_rank(), node_addresses(), port=main_port(), run=task_id() or "")
 
 from finetune.command_line import answer_help
 
@@ -57,5 +60,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), nodes:
         main()

@@ -14,8 +14,10 @@ from finetune.errors import one_line_errors
 from helpers.launching import defaults
 from helpers.paths import CPU_ENVS, REPO
 from preflight import main
+from rehearse import free_port
 
 Preflight = Callable[..., str]
+TWO_NODES = {"SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.2", "MASTER_PORT": str(free_port())}
 
 
 @pytest.fixture
@@ -142,3 +144,22 @@ def test_a_full_disk_is_refused(preflight: Preflight, tmp_path: Path) -> None:
         assert "less than 1 GiB is free" in preflight(f"--output_dir={disk}/run")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_what_fails_on_one_node_ends_the_other_with_its_reason(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, str(REPO / "sft/preflight.py"), *defaults(tiny_model, tmp_path)],
+            env=os.environ | CPU_ENVS | TWO_NODES | {"SKYPILOT_NODE_RANK": rank} | envs,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, envs in (("0", {}), ("1", {"WANDB_API_KEY": "no key"}))
+    ]
+    said = [node.communicate(timeout=600)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1]
+    assert "error: node 1 (127.0.0.2): WANDB_API_KEY is not a key" in said[0], said
+    assert "error: WANDB_API_KEY is not a key" in said[1], said

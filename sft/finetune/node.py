@@ -1,7 +1,7 @@
 """This node, as SkyPilot and the task file set it up: its GPUs, the bucket's mount, W&B's key.
 
-The only module that reads SKYPILOT_* and CHECKPOINT_BUCKET. Every check is made before a GPU is
-used, and raises UserError with what to do.
+The only module that reads SKYPILOT_*, CHECKPOINT_BUCKET and MASTER_PORT. Every check is made before
+a GPU is used, and raises UserError with what to do.
 """
 
 import os
@@ -22,6 +22,21 @@ def num_gpus() -> int:
 def num_processes() -> int:
     """Ranks of the whole run, one a GPU."""
     return int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()
+
+
+def node_rank() -> int:
+    """This node among those of the run; 0 is the one where they meet."""
+    return int(os.environ.get("SKYPILOT_NODE_RANK", 0))
+
+
+def node_addresses() -> list[str]:
+    """The addresses of all nodes of the run, by rank."""
+    return os.environ.get("SKYPILOT_NODE_IPS", "127.0.0.1").split()
+
+
+def main_port() -> int:
+    """The port of node 0 where the nodes meet: the task files set it, for their launcher too."""
+    return int(os.environ.get("MASTER_PORT", 29500))
 
 
 def task_id() -> str | None:
