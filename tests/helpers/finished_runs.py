@@ -21,7 +21,7 @@ RANK, ALPHA = 4, 32
 
 
 def save_adapter_run(
-    run_dir: Path, base: Path, *, std: float = 0.05, **flags: Any
+    run_dir: Path, base: Path, *, std: float = 0.05, seed: int = 0, **flags: Any
 ) -> dict[str, Any]:
     """Write run_dir/final as train.py does, and return its fingerprint.
 
@@ -31,7 +31,7 @@ def save_adapter_run(
     defaults = {"lora_r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.0}
     args = ModelConfig(use_peft=True, **(defaults | flags))
     peft_model = get_peft_model(model, lora_config(model, args), low_cpu_mem_usage=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     state_dict = {}
     for name, parameter in peft_model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:

@@ -9,15 +9,26 @@ import torch
 import xllamacpp
 
 
-def start_server(model: Path, *, adapter: Path | None = None) -> xllamacpp.Server:
+def start_server(
+    model: Path,
+    *,
+    adapter: Path | None = None,
+    scale: float = 1.0,
+    key: str | None = None,
+    chat_template: str | None = None,
+) -> xllamacpp.Server:
     """llama.cpp's server with this model, on a free port of loopback. It ends with the object."""
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup = 512, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
     params.fit_params = False  # it would load the model twice, to measure what fits
     params.cpuparams.n_threads = 2
     if adapter is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), scale)]
+    if key is not None:
+        params.api_keys = [key]
+    if chat_template is not None:
+        params.chat_template = chat_template
     return xllamacpp.Server(params)
 
 

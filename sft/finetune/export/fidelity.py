@@ -5,15 +5,15 @@ training made to the experts in them? And the artifact's predictions are compare
 model as it was trained.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from transformers import GptOssForCausalLM, Mxfp4Config
 
 from finetune.errors import UserError
@@ -178,15 +178,20 @@ def adapted_model(run_weights: RunWeights, base: BaseWeights) -> PeftModel:
     return model
 
 
-@contextmanager
-def without_experts(model: PeftModel) -> Iterator[None]:
+def without_experts(model: PeftModel) -> AbstractContextManager[None]:
     """Switch LoRA off on the stacks of experts, and leave it on everywhere else."""
     modules = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
-    scaling = [module.scaling["default"] for module in modules]
-    for module in modules:
-        module.scaling["default"] = 0.0
+    return scaled(modules, 0.0)
+
+
+@contextmanager
+def scaled(modules: Iterable[LoraLayer], factor: float) -> Iterator[None]:
+    """Multiply what LoRA adds in these modules by a factor."""
+    scaling = {module: module.scaling["default"] for module in modules}
+    for module, value in scaling.items():
+        module.scaling["default"] = factor * value
     yield
-    for module, value in zip(modules, scaling, strict=True):
+    for module, value in scaling.items():
         module.scaling["default"] = value
 
 

@@ -1,0 +1,125 @@
+"""What the trained model and the base predict at some places of a run's conversations.
+
+It is computed once, with the models in memory, and kept in the run's folder. Then a server can be
+compared with it from anywhere.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+
+from finetune.errors import only_warn
+from finetune.export.divergence import Logits, Rows, logits_of
+from finetune.export.fidelity import adapted_model, reference_logits, scaled, without_experts
+from finetune.export.merge import MergedWeights
+
+FILE = "served_reference.json"
+# How many of either model's likeliest tokens are kept. A server names 20; another model's differ.
+NUM_CANDIDATES = 256
+
+
+@dataclass
+class Place:
+    """A prompt, and log-probabilities (nats) of tokens that may follow it.
+
+    tokens: of the prompt; candidates: the likeliest next tokens of either model; log_probs: of the
+    candidates, by model: "trained", "base" and, of an adapter, what a server would make of it that
+    applies it wrongly: "without_experts", "half", "double".
+    """
+
+    tokens: list[int]
+    candidates: list[int]
+    log_probs: dict[str, list[float]]
+
+
+@dataclass
+class Reference:
+    """identity: of the weights that were trained (RunRecord.identity and their step)."""
+
+    identity: dict[str, Any]
+    places: list[Place]
+
+
+def identity_of(merged: MergedWeights, *, num_examples: int, num_places: int) -> dict[str, Any]:
+    """What decides whether a kept reference can be used again."""
+    run = merged.run_weights
+    values = {"origin": run.origin, "step": run.step, "run": run.record.identity()}
+    return values | {"num_examples": num_examples, "num_places": num_places}
+
+
+def read_reference(folder: Path, identity: dict[str, Any]) -> Reference | None:
+    """The reference kept in a run's folder; None if there is none, or if it is of other weights."""
+    try:
+        values = json.loads((folder / FILE).read_text())
+        places = [Place(**place) for place in values["places"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    same = values.get("identity") == json.loads(json.dumps(identity))
+    return Reference(identity, places) if same else None
+
+
+def make_reference(
+    merged: MergedWeights, rows: Rows, identity: dict[str, Any], *, num_places: int
+) -> Reference:
+    """Run the models on the conversations, one model at a time in memory."""
+    logits = logits_of_models(merged, rows)
+    places = [
+        place_at(logits, rows, row, position)
+        for row, position in spread(learnt_positions(rows), num_places)
+    ]
+    return Reference(identity, places)
+
+
+def logits_of_models(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
+    """The logits of each model that Place names."""
+    if not merged.run_weights.is_adapter:
+        return reference_logits(merged, rows)
+    model = adapted_model(merged.run_weights, merged.base)
+    logits = {"trained": logits_of(model, rows)}
+    with model.disable_adapter():
+        logits["base"] = logits_of(model, rows)
+    with without_experts(model):
+        logits["without_experts"] = logits_of(model, rows)
+    modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for name, factor in (("half", 0.5), ("double", 2.0)):
+        with scaled(modules, factor):
+            logits[name] = logits_of(model, rows)
+    return logits
+
+
+def keep(reference: Reference, folder: Path) -> None:
+    """Write it to the run's folder; a folder that cannot be written costs a warning."""
+    with only_warn(f"the reference is not kept in {folder}"):
+        (folder / FILE).write_text(json.dumps(asdict(reference)))
+
+
+def learnt_positions(rows: Rows) -> list[tuple[int, int]]:
+    """Where the next token is in the loss: (row, the position before it)."""
+    return [
+        (row, position - 1)
+        for row, values in enumerate(rows)
+        for position, label in enumerate(values["labels"])
+        if label != -100 and position > 0
+    ]
+
+
+def spread(positions: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """At most `count` of the positions, evenly spread."""
+    step = max(1, len(positions) // count)
+    return positions[::step][:count]
+
+
+def place_at(logits: dict[str, Logits], rows: Rows, row: int, position: int) -> Place:
+    predicted = {name: of_rows[row][position].log_softmax(-1) for name, of_rows in logits.items()}
+    size = min(NUM_CANDIDATES, len(predicted["trained"]))
+    likeliest = [predicted[name].topk(size).indices for name in ("trained", "base")]
+    candidates = torch.cat(likeliest).unique()
+    return Place(
+        tokens=rows[row]["input_ids"][: position + 1],
+        candidates=candidates.tolist(),
+        log_probs={name: values[candidates].tolist() for name, values in predicted.items()},
+    )

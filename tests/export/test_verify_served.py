@@ -1,0 +1,188 @@
+"""sft/verify_served.py asks a real llama.cpp server over loopback, and says what answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from finetune.errors import UserError
+from finetune.export.gguf_adapter import ADAPTER, write_adapter
+from finetune.export.gguf_model import MODEL, write_model
+from finetune.export.merge import MergedWeights
+from finetune.export.served_client import Client, token_id
+from finetune.export.served_reference import Place
+from finetune.export.served_verdict import Compared, align, judge
+from finetune.model.loading import load_tokenizer
+from helpers.finished_runs import open_run, save_adapter_run
+from helpers.llama import start_server
+from helpers.paths import CONVERSATIONS
+from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
+from verify_served import VerifyArguments, load_reference, verify
+
+AS_TRAINED = "served as trained"
+
+
+class WithoutExperts(MergedWeights):
+    """The run without what it trained of its experts."""
+
+    def __init__(self, merged: MergedWeights) -> None:
+        targets = {n: t for n, t in merged.targets.items() if ".experts." not in n}
+        super().__init__(merged.base, merged.run_weights, merged.targets)
+        self.targets = targets
+
+
+@pytest.fixture(scope="module")
+def files(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run, and beside it GGUF files: of the base, of its adapter, and of others."""
+    folder = tmp_path_factory.mktemp("served")
+    save_adapter_run(folder / "none", tiny_model, std=0.0)
+    write_whole(open_run(folder / "none"), folder / "none")
+    save_adapter_run(folder / "run", tiny_model)
+    merged = open_run(folder / "run")
+    write_adapter(merged, folder, name="run")
+    (folder / "without").mkdir()
+    write_adapter(WithoutExperts(merged), folder / "without", name="without")
+    save_adapter_run(folder / "other", tiny_model, seed=1)
+    write_adapter(open_run(folder / "other"), folder / "other", name="other")
+    return folder
+
+
+def write_whole(merged: MergedWeights, folder: Path) -> None:
+    write_model(merged, load_tokenizer(merged.base.model_id), folder, name="tiny")
+
+
+def verdict(files: Path, *, model: str = "none", **options: Any) -> Any:
+    """What verify_served.py says of a server with this model and adapter."""
+    server = start_server(files / model / MODEL, **options)
+    return verify(server.listening_address, files / "run", VerifyArguments(max_error=0.01))
+
+
+def test_the_right_adapter_is_served_as_trained(files: Path, capsys: Any) -> None:
+    found = verdict(files, adapter=files / ADAPTER)
+    assert found.ok and found.text == AS_TRAINED
+    assert found.rows["distance from the trained model"] < 0.002
+    printed = capsys.readouterr().out
+    assert AS_TRAINED in printed and "distance from the base" in printed
+    # The second call needs no model: what the first one computed is kept.
+    assert verdict(files, adapter=files / ADAPTER).ok
+    assert "running the trained model" not in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_not_applied_is_named(files: Path) -> None:
+    found = verdict(files)
+    assert found.ok is False and "what was trained is not applied" in found.text
+
+
+def test_an_adapter_without_its_experts_is_named(files: Path) -> None:
+    found = verdict(files, adapter=files / "without" / ADAPTER)
+    assert found.ok is False and "without its experts" in found.text
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+def test_an_adapter_with_another_scaling_is_named(files: Path, scale: float) -> None:
+    found = verdict(files, adapter=files / ADAPTER, scale=scale)
+    assert found.ok is False and "scaled wrongly" in found.text, found
+
+
+def test_another_runs_adapter_is_named(files: Path) -> None:
+    found = verdict(files, adapter=files / "other" / ADAPTER)
+    assert found.ok is False and "another run" in found.text
+
+
+def test_another_base_is_named(files: Path) -> None:
+    texts = conversation_texts(CONVERSATIONS)
+    base = save_tiny_gpt_oss(files / "another-base", texts, seed=7)
+    save_adapter_run(files / "another", base, std=0.0)
+    write_whole(open_run(files / "another"), files / "another")
+    found = verdict(files, model="another", adapter=files / ADAPTER)
+    assert found.ok is False and "another base model" in found.text
+
+
+def test_a_model_quantised_too_far_is_named(files: Path, tmp_path: Path) -> None:
+    """The experts' FP4 codes without their last bit: half as many values."""
+    data = bytearray((files / "none" / MODEL).read_bytes())
+    for tensor in GGUFReader(files / "none" / MODEL).tensors:
+        if "_exps.weight" in tensor.name:
+            for offset in range(0, tensor.n_bytes, 17):
+                for byte in range(offset + 1, offset + 17):
+                    data[tensor.data_offset + byte] &= 0xEE
+    (files / "coarse").mkdir()
+    (files / "coarse" / MODEL).write_bytes(data)
+    found = verdict(files, model="coarse", adapter=files / ADAPTER)
+    assert found.ok is False and "quantised too far" in found.text, found
+
+
+def test_another_chat_template_is_named(files: Path) -> None:
+    template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% endfor %}"
+    found = verdict(files, adapter=files / ADAPTER, chat_template=template)
+    assert found.ok is False and "chat template differs" in found.text
+
+
+def test_a_server_that_is_not_there_is_one_line(files: Path) -> None:
+    with pytest.raises(UserError, match="cannot be reached .* is it serving"):
+        verify("http://127.0.0.1:9", files / "run", VerifyArguments())
+
+
+def test_a_wrong_key_is_one_line(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = start_server(files / "none" / MODEL, adapter=files / ADAPTER, key="secret")
+    monkeypatch.setenv("API_KEY", "another")
+    with pytest.raises(UserError, match="wants another key: export API_KEY"):
+        verify(server.listening_address, files / "run", VerifyArguments())
+    monkeypatch.setenv("API_KEY", "secret")
+    assert verify(server.listening_address, files / "run", VerifyArguments()).ok
+
+
+@pytest.fixture(scope="module")
+def answers(files: Path) -> dict[str, Compared]:
+    """What a right server and one without the adapter say at many places, for subsets of them."""
+    arguments = VerifyArguments(num_places=150)
+    tokenizer = load_tokenizer(open_run(files / "run").base.model_id)
+    reference = load_reference(files / "run", arguments)
+    compared = {}
+    for name, adapter in (("right", files / ADAPTER), ("base", None)):
+        server = start_server(files / "none" / MODEL, adapter=adapter)
+        client = Client(server.listening_address, key=None, model=None, preferred="run")
+        served = [client.next_log_probs(place.tokens, tokenizer) for place in reference.places]
+        compared[name] = align(reference.places, served)
+    return compared
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_no_choice_of_places_raises_a_false_alarm(seed: int, answers: dict[str, Compared]) -> None:
+    for name, compared in answers.items():
+        generator = torch.Generator().manual_seed(seed)
+        some = torch.randperm(len(compared.server), generator=generator)[:600]
+        models = {model: values[some] for model, values in compared.models.items()}
+        assert judge(Compared(compared.server[some], models)).ok == (name == "right")
+
+
+def test_there_is_no_false_alarm() -> None:
+    """100 adapters, and an engine that is off by as much as llama.cpp was measured to be, and more.
+
+    The log-probabilities are made up here; those of the tests above are a server's.
+    """
+    for seed in range(100):
+        draws = torch.randn(5, 64 * 20, generator=torch.Generator().manual_seed(seed)).double()
+        base, trained = 3 * draws[0], 3 * draws[0] + 0.2 * draws[1]
+        models = {"trained": trained, "base": base, "without_experts": trained + 0.1 * draws[2]}
+        assert judge(Compared(trained + 0.02 * draws[3], models)).text == AS_TRAINED
+        assert not judge(Compared(base + 0.02 * draws[4], models)).ok
+
+
+def test_tokens_are_found_by_id_or_by_text(tiny_model: Path) -> None:
+    """As vLLM names them when asked to, and as SGLang does."""
+    tokenizer = load_tokenizer(str(tiny_model))
+    assert token_id("token_id:17", tokenizer) == 17
+    (rice,) = tokenizer.encode("a")
+    assert token_id("a", tokenizer) == rice
+    assert token_id("\ufffd\ufffd", tokenizer) is None
+
+
+def test_only_what_both_name_is_compared() -> None:
+    place = Place([1], [5, 6, 7], {"trained": [-1.0, -2.0, -3.0], "base": [-2.0, -1.0, -3.0]})
+    compared = align([place], [{6: -1.5, 7: -2.5, 99: -0.1}])
+    assert compared.server.tolist() == [-1.5, -2.5]
+    assert compared.models["base"].tolist() == [-1.0, -3.0]
+    assert judge(compared).ok is None  # two are too few
