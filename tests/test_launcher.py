@@ -18,6 +18,7 @@ rank.wait()
 RANK = """
 import multiprocessing, os, signal, sys, time
 from finetune.launcher import end_with_launcher, end_workers_with_parent
+launcher = os.getppid()
 end_with_launcher(is_saving=lambda: {is_saving})
 end_workers_with_parent()
 worker = multiprocessing.Process(target=time.sleep, args=[1000])
@@ -26,22 +27,24 @@ print("ready", flush=True)
 {work}
 """
 WAITS = "time.sleep(1000)"
-SAVES = "launcher = os.getppid()\nwhile os.getppid() == launcher: time.sleep(0.01)\n"
+SAVES = "while os.getppid() == launcher: time.sleep(0.01)\n"
 SAVES += "time.sleep(1); print('saved', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+
+RANK_ENVS = {"LOCAL_RANK": "0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}
 
 Kill = Callable[..., tuple[str, str]]
 
 
 @pytest.fixture
-def kill_launcher(monkeypatch: pytest.MonkeyPatch) -> Kill:
+def kill_launcher() -> Kill:
     """Kill the launcher of a rank; return what was printed once rank and worker have ended."""
 
-    def kill(work: str, *, is_saving: bool = False) -> tuple[str, str]:
+    def kill(work: str, *, is_saving: bool = False, **envs: str) -> tuple[str, str]:
         rank = RANK.format(is_saving=is_saving, work=work)
         with subprocess.Popen(
             [sys.executable, "-c", LAUNCHER, rank],
             cwd=REPO / "sft",
-            env=os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2" if work == WAITS else "60"},
+            env=os.environ | (envs or RANK_ENVS),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -66,5 +69,11 @@ def test_a_rank_that_saves_because_of_a_notice_may_do_so(kill_launcher: Kill) ->
 
 
 def test_but_only_as_long_as_a_launcher_would_have_waited(kill_launcher: Kill) -> None:
-    _, said = kill_launcher(WAITS, is_saving=True)
+    _, said = kill_launcher(
+        WAITS, is_saving=True, LOCAL_RANK="0", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="2"
+    )
     assert "error: the launcher of this rank has ended" in said
+
+
+def test_a_script_that_was_started_by_hand_outlives_its_shell(kill_launcher: Kill) -> None:
+    assert kill_launcher(SAVES, OMP_NUM_THREADS="1") == ("saved\n", "")

@@ -18,11 +18,14 @@ PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
 
 def end_with_launcher(*, is_saving: Callable[[], bool]) -> None:
-    """From now on, end this process with status 1 soon after the one that started it has ended.
+    """From now on, end this rank with status 1 soon after the launcher that started it has ended.
+    A script that was started by hand has no launcher, and may outlive its shell.
 
     is_saving: whether this rank is saving because of a notice. Then it has as long to do so as a
     launcher would have given it: a notice to all processes may end the launcher first.
     """
+    if "LOCAL_RANK" not in os.environ:
+        return
     # The kernel can send a signal at once (as below, to workers), but not wait for a save.
     watch = threading.Thread(
         target=end_after, args=[os.getppid(), is_saving], name="launcher", daemon=True
@@ -37,7 +40,7 @@ def end_after(launcher: int, is_saving: Callable[[], bool]) -> None:
     deadline = time.monotonic() + float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", 30))
     while is_saving() and time.monotonic() < deadline:
         time.sleep(SECONDS_BETWEEN_CHECKS)
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if os.environ["LOCAL_RANK"] == "0":
         with suppress(OSError):  # whoever read the log may be gone too
             print(
                 "error: the launcher of this rank has ended, or was killed: training stops without "
@@ -51,6 +54,8 @@ def end_after(launcher: int, is_saving: Callable[[], bool]) -> None:
 def end_workers_with_parent() -> None:
     """From now on, a process forked from this one or from a worker of its is killed when its parent
     ends. On Linux; elsewhere workers end when they next ask their parent for work.
+
+    To the kernel the parent is the thread that forked. Data loaders and pools fork in the main one.
     """
     if sys.platform != "linux":
         return

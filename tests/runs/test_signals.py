@@ -133,9 +133,12 @@ def test_ranks_and_workers_end_when_their_launcher_is_killed(start: Start, tmp_p
     processes = psutil.Process(launcher.pid).children(recursive=True)
     assert len(processes) >= 4
     launcher.kill()
+    _, alive = psutil.wait_procs(processes, timeout=120)
+    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert not alive
     said = finish(launcher).stderr
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    assert not [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
     assert said.count("error: the launcher of this rank has ended, or was killed") == 1, said
     assert not (tmp_path / "run/final").exists()
 
