@@ -20,6 +20,7 @@ from finetune.checkpoint.saver import Saver
 FOLDER = "launches"
 # What each record holds beside wandb_run_id and, since there was a first checkpoint, `complete`.
 NUMBERS = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
+LARGEST = 1e11  # as a Unix time this is in the year 5138
 
 
 def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -36,9 +37,8 @@ def read_launch(file: Path) -> dict[str, Any] | None:
         record = json.loads(file.read_text())
     except (OSError, ValueError, RecursionError):
         return None
-    is_record = isinstance(record, dict) and all(
-        isinstance(record.get(name), (int, float)) for name in NUMBERS
-    )
+    numbers = [record.get(name) for name in NUMBERS] if isinstance(record, dict) else [None]
+    is_record = all(isinstance(n, (int, float)) and 0 <= n < LARGEST for n in numbers)
     return record if is_record else None
 
 

@@ -134,7 +134,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {MANIFEST} is torn, or not what was written") from error
+        raise ValueError("its manifest.json is torn, or not what was written") from error
     if not isinstance(manifest, dict):
         raise ValueError(f"its {MANIFEST} is not what was written")
     version = manifest.get("format", FORMAT)
@@ -148,7 +148,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"its {MANIFEST} has no hash of itself: it is of a version too old to be read"
         )
     if manifest.pop("sha256", None) != sha256_of(manifest):
-        raise ValueError(f"its {MANIFEST} is torn, or not what was written")
+        raise ValueError("its manifest.json is torn, or not what was written")
     check_entries(manifest, folder)
     return manifest
 

@@ -388,3 +388,8 @@ class Saver(TrainerCallback):
         values = [None] * dist.get_world_size(self.step_group)
         dist.all_gather_object(values, value, group=self.step_group)
         return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.step_group is not None:
+            dist.barrier(group=self.step_group)
