@@ -1,5 +1,6 @@
 """The files of a checkpoint are read as data: nothing in them is executed."""
 
+import io
 import json
 import os
 import pickle
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from finetune.checkpoint.contents import (
     METADATA,
     SCHEDULER,
     TRAINER_STATE,
     CheckpointReader,
+    MetadataUnpickler,
     check_contents,
     load_tensors,
 )
@@ -58,6 +61,26 @@ def test_a_checkpoint_that_was_written_can_be_read(folder: Path) -> None:
     assert check_contents(folder) is None
     metadata = CheckpointReader(folder).read_metadata()
     assert len(metadata.state_dict_metadata) > 100
+
+
+class Getattr:
+    """Pickled as a call of getattr, which is how Python 3.11.2 pickles the member of an enum."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self.arguments = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, self.arguments
+
+
+def test_metadata_of_any_python_can_be_read_and_getattr_reaches_nothing_else() -> None:
+    name = "TORCH_CHANNELS_LAST"
+    written = pickle.dumps(Getattr(_MEM_FORMAT_ENCODING, name))
+    assert MetadataUnpickler(io.BytesIO(written)).load() is _MEM_FORMAT_ENCODING[name]
+    for owner, name in ((torch.Size, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
+        crafted = io.BytesIO(pickle.dumps(Getattr(owner, name)))
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            MetadataUnpickler(crafted).load()
 
 
 def test_tensors_and_other_values_are_read(tmp_path: Path) -> None:

@@ -17,7 +17,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
@@ -51,10 +55,19 @@ class MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return member
         if (module, name) not in DCP_NAMES:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is none of DCP's")
         # Python 3.11 and 3.12 do not have pathlib._local.
         return super().find_class(module.removesuffix("._local"), name)
+
+
+def member(kind: Any, name: str) -> Any:
+    """What getattr is read as: Python 3.11.0 to 3.11.3 pickle an enum's member as a call of it."""
+    if kind is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"it asks for {name!r} of something that is no enum of DCP's")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 class CheckpointReader(FileSystemReader):
