@@ -1,6 +1,9 @@
 """Datasets of any kind become tokens with labels; a dataset that cannot be used is refused."""
 
 import json
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from finetune.data.dataset import (
 )
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
-from helpers.paths import CONVERSATIONS
+from helpers.paths import CONVERSATIONS, REPO
 from helpers.rows import ASSISTANT, ROW, USER, write_rows
 
 DEFAULTS = DataArguments(conversation_start_date="2026-01-02")
@@ -211,3 +214,22 @@ def test_mean_length_counts_the_tokens_of_the_selected_rows() -> None:
     rows = Dataset.from_dict({"input_ids": [[1] * n for n in range(5000)], "labels": [[]] * 5000})
     assert mean_length(rows) == 4999 / 2
     assert mean_length(rows.select([10, 4999, 4000])) == 9009 / 3
+
+
+@pytest.mark.slow
+def test_a_converter_that_changes_is_not_served_the_cache_of_the_old_one(tmp_path: Path) -> None:
+    code = tmp_path / "sft"
+    shutil.copytree(REPO / "sft/finetune", code / "finetune")
+    file = write_rows(tmp_path / "my.jsonl", {"prompt": "2+2?", "completion": "4"})
+    script = "import sys; from finetune.data.dataset import load_conversations as load\n"
+    script += "print(load(sys.argv[1])[0]['shape'])"
+
+    def shape() -> str:
+        envs = {"PYTHONPATH": str(code), "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", script, str(file)]
+        return subprocess.run(command, env=envs, capture_output=True, text=True).stdout.strip()
+
+    assert shape() == "prompt and completion"
+    for module in (code / "finetune/data").glob("*.py"):
+        module.write_text(module.read_text().replace('"prompt and completion"', '"question"'))
+    assert shape() == "question"

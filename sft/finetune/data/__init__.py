@@ -5,7 +5,10 @@ and `labels` (-100 = not in the loss), each row one conversation in OpenAI's har
 
 options.DataArguments         the flags
 dataset.load_datasets         all steps: read, render, tokenise, leave out what does not fit
-sources                       the rows of files and hub datasets
+sources                       what --dataset_name lists, and the rows of hub datasets
+files, formats                the files of a folder or URL, and the rows of a file
+json_rows, arrow_types        the rows of JSON, and of Parquet and Arrow by their types
+compression                   packed files, a piece at a time
 conversations, checks         rows of any known shape turned into one shape, and checked
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
 harmony_parser.ChannelReader  tokens read back: their channels, and whether a turn is valid

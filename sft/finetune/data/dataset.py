@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,17 +16,11 @@ from trl import ScriptArguments, SFTConfig
 
 from finetune.data.checks import EXAMPLE, Row
 from finetune.data.conversations import SHAPES, BadRow, shape_of, to_conversation
+from finetune.data.files import DataFile, find_files
+from finetune.data.formats import read_file
 from finetune.data.harmony import Encoder, Piece, document_pieces, to_messages, to_pieces
 from finetune.data.options import DataArguments
-from finetune.data.sources import (
-    Source,
-    find_files,
-    is_file,
-    parse_sources,
-    read_file,
-    read_hub,
-    without_nulls,
-)
+from finetune.data.sources import Source, is_file, parse_sources, read_hub, rows_of_hub
 from finetune.errors import UserError
 
 MAX_PROBLEMS = 20  # how many problems of a dataset an error lists
@@ -89,16 +85,16 @@ def load_conversations(text: str, *, config: str | None = None, split: str = "tr
 
 def load_source(source: Source, config: str | None, split: str) -> Dataset:
     """The conversations of one source, from the cache if it has not changed."""
+    # These arguments are the key of the cache, so a changed file is read again.
+    kwargs: dict[str, Any]
     if is_file(source.name):
-        if split != "train":
-            raise UserError(
-                f"{source.name!r} has no split {split!r} to evaluate on: hold out a share of it "
-                "with --test_split_size 0.02"
-            )
-        # These arguments are the key of the cache, so a changed file is read again.
-        kwargs: dict[str, Any] = {"name": source.name, "files": find_files(source.name)}
+        found = find_files(source.name, split=split)
+        for note in found.notes:
+            PartialState().print(f"data: {source.name}: {note}")
+        kwargs = {"name": source.name, "files": found.files}
     else:
         kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
+    kwargs["code"] = hash_of_code()
     features = Features({"conversation": Value("large_string"), "shape": Value("string")})
     try:
         return Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
@@ -109,6 +105,14 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
         raise UserError(
             f"dataset {source.name!r} cannot be read: {type(reason).__name__}: {reason}"
         ) from error
+
+
+def hash_of_code() -> str:
+    """Of what reads and converts rows, so that a new version of it is not served an old cache."""
+    code = sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def repeat(dataset: Dataset, weight: float) -> Dataset:
@@ -123,7 +127,7 @@ def repeat(dataset: Dataset, weight: float) -> Dataset:
 
 
 def conversations_of(
-    name: str, files: list[tuple[str, str]] | None = None, hub: Dataset | None = None
+    name: str, files: list[DataFile] | None = None, hub: Dataset | None = None, code: str = ""
 ) -> Iterator[Row]:
     """Yield the conversation of every row. Raises UserError at the end if there were bad rows."""
     problems: list[str] = []
@@ -158,16 +162,15 @@ def bad_rows_error(name: str, problems: list[str], num_problems: int) -> UserErr
 
 
 def rows_of(
-    name: str, files: list[tuple[str, str]] | None, hub: Dataset | None
+    name: str, files: list[DataFile] | None, hub: Dataset | None
 ) -> Iterator[tuple[str, Row | str]]:
     """Yield (file and line, row) for every row of a source; see read_file for what a row can be."""
-    for url, _ in files or []:
-        path = url.removeprefix("file://")
-        for number, row in read_file(url):
-            yield f"{path}:{number}", row
+    for file in files or []:
+        for number, row in read_file(file):
+            yield f"{file.place}:{number}", row
     if hub is not None:
-        for number, row in enumerate(hub, start=1):
-            yield f"{name}, row {number}", without_nulls(row)
+        for number, row in enumerate(rows_of_hub(hub), start=1):
+            yield f"{name}, row {number}", row
 
 
 def pieces_of(text: str, data_args: DataArguments) -> list[Piece]:

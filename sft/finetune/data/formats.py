@@ -1,0 +1,150 @@
+"""Files of every format, read row by row. What a line cannot give is said in its place."""
+
+import csv
+import io
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import IO, Any, cast
+from zipfile import ZipFile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from finetune.data.arrow_types import rows_of_table
+from finetune.data.checks import Row
+from finetune.data.compression import DAMAGED, decompress
+from finetune.data.files import FORMATS, DataFile, format_of, local_path
+from finetune.data.json_rows import MAX_LINE_BYTES, TOO_LONG, json_rows, jsonl_rows
+from finetune.errors import UserError
+
+BATCH_ROWS = 1000
+UNICODE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and the first one of UTF-32 too
+
+
+def read_file(file: DataFile) -> Iterator[tuple[int, Row | str]]:
+    """Yield (line, row) for every row of a file, in order.
+
+    Where a line holds no row, a string that says what is wrong takes the place of the row. Lines
+    count from 1; in Parquet, Arrow and a JSON array the number is that of the row. Raises UserError
+    if the file cannot be read to its end.
+    """
+    number = 0
+    try:
+        with ExitStack() as opened:
+            stream: IO[bytes] = opened.enter_context(open(local_path(file), "rb"))
+            if file.member is not None:
+                archive = opened.enter_context(ZipFile(stream))
+                stream = opened.enter_context(archive.open(file.member))
+            for number, row in rows_of_stream(stream, file):
+                yield number, row
+    except UserError as error:
+        raise UserError(f"{file.place}: {error}") from error
+    except (
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+        ValueError,
+        pa.ArrowException,
+        *DAMAGED,
+    ) as error:
+        raise UserError(
+            f"{file.place} cannot be read after row {number}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def rows_of_stream(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, Row | str]]:
+    """The rows of an opened file. Raises UserError, and whatever a library raises."""
+    plain = decompress(stream, file.name)
+    text_format = format_of(file.name)
+    if text_format in (".parquet", ".arrow"):
+        with seekable(plain, is_plain=plain is stream and file.member is None) as table:
+            read = parquet_rows if text_format == ".parquet" else arrow_rows
+            yield from read(table)
+        return
+    buffered = io.BufferedReader(cast(Any, plain), buffer_size=2**20)
+    start = buffered.peek(4)[:4]
+    if start.startswith(UNICODE_MARKS) or b"\0" in start:
+        raise UserError("UTF-16, UTF-32 or no text at all: save it as UTF-8")
+    match text_format:
+        case ".csv":
+            yield from csv_rows(buffered, delimiter=",")
+        case ".tsv":
+            yield from csv_rows(buffered, delimiter="\t")
+        case ".jsonl":
+            yield from jsonl_rows(buffered)
+        case ".json":
+            yield from json_rows(buffered)
+        case _ if start.lstrip()[:1] in (b"{", b"["):
+            yield from json_rows(buffered)
+        case _:
+            raise UserError(f"ends in none of {', '.join(FORMATS)}, and does not begin like JSON")
+
+
+def seekable(stream: IO[bytes], *, is_plain: bool) -> IO[bytes]:
+    """A stream to seek in, which unpacked ones are slow at: these go to a file that has no name."""
+    if is_plain:
+        return stream
+    copy = tempfile.TemporaryFile()  # noqa: SIM115  # the caller closes it
+    shutil.copyfileobj(stream, copy, 2**20)
+    copy.seek(0)
+    return cast(IO[bytes], copy)
+
+
+def csv_rows(stream: io.BufferedReader, *, delimiter: str) -> Iterator[tuple[int, Row | str]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # surrogateescape, so that a byte that is not UTF-8 spoils its own row and not the whole file.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.DictReader(short_lines(text), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                yield reader.line_num, "more or fewer fields than the first line has columns"
+            elif not is_unicode("".join(row.values())):
+                yield reader.line_num, "not UTF-8"
+            else:
+                yield reader.line_num, {name: value or None for name, value in row.items()}
+    except csv.Error as error:
+        raise UserError(f"line {reader.line_num + 1}: not CSV ({error})") from error
+
+
+def short_lines(text: io.TextIOWrapper) -> Iterator[str]:
+    """The lines of a text. Raises csv.Error for one that does not belong into memory."""
+    while line := text.readline(MAX_LINE_BYTES):
+        if len(line) == MAX_LINE_BYTES:
+            raise csv.Error(TOO_LONG)
+        yield line
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is free of the lone surrogates that surrogateescape puts for bad bytes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def parquet_rows(stream: IO[bytes]) -> Iterator[tuple[int, Row | str]]:
+    return numbered(pq.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS))
+
+
+def arrow_rows(stream: IO[bytes]) -> Iterator[tuple[int, Row | str]]:
+    """Both kinds of Arrow's files: datasets writes streams, Feather is the kind with a footer."""
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(stream)
+        batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return numbered(batches)
+    return numbered(pa.ipc.open_stream(stream))
+
+
+def numbered(batches: Iterator[pa.RecordBatch]) -> Iterator[tuple[int, Row | str]]:
+    number = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            for row in rows_of_table(batch.slice(start, BATCH_ROWS)):
+                number += 1
+                yield number, row
