@@ -47,11 +47,20 @@ import json
 import os
 from typing import Any
 
-from peft import PeftModel
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from trl.trainer.utils import add_fused_lm_head
 
-from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, SUMMARY
+from finetune.checkpoint.artifact import ARTIFACT, EVALUATION
+from finetune.checkpoint.contents import naming
+from finetune.checkpoint.summary_file import SUMMARY
 from finetune.data.dataset import tokenize
 from finetune.errors import one_line_errors
 from finetune.evaluation.comparison import TestSet, compare_evaluations, evaluate_model
@@ -67,7 +76,7 @@ DEFAULT_MAX_LENGTH = 4096  # tokens of a packed row, where the run set no --max_
 
 def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
     """Write evaluation.json and return what it holds. Raises UserError."""
-    artifact = run_dir if (run_dir / SUMMARY).is_file() else run_dir / ARTIFACT
+    artifact = run_dir if os.path.lexists(run_dir / SUMMARY) else run_dir / ARTIFACT
     run = finished_run(artifact)
     rows = held_out_conversations(run, args.dataset)
     tokenizer = load_tokenizer(str(artifact))
@@ -80,9 +89,8 @@ def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
 
     base = load(args.model or run.model, revision=None if args.model else run.model_revision)
     before = evaluate_model(base, tokenizer, test_set)
-    if (artifact / "adapter_config.json").is_file():
-        model = PeftModel.from_pretrained(base, artifact)
-        use_grouped_lora(model)
+    if run.use_peft:
+        model = add_adapter(base, artifact)
     else:
         del base
         gc.collect()  # memory may not hold two models at once
@@ -100,6 +108,24 @@ def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
     if os.environ.get("WANDB_API_KEY"):
         send_to_wandb(evaluation, run_dir=artifact.parent)
     return evaluation
+
+
+def add_adapter(base: PreTrainedModel, artifact: Path) -> PeftModel:
+    """The base with a run's adapter. Raises UserError, naming the file, if it cannot be read."""
+    with naming(artifact / "adapter_config.json"):
+        lora = LoraConfig.from_pretrained(artifact)
+        lora.inference_mode = True
+        model = get_peft_model(base, lora)
+    file = artifact / "adapter_model.safetensors"
+    with naming(file):
+        tensors = load_file(file)
+        # PEFT says nothing of a tensor that the file lacks: it would stay as it was initialised.
+        odd = sorted(tensors.keys() ^ get_peft_model_state_dict(model).keys())
+        if odd:
+            raise ValueError(f"{odd[0]} is missing or unknown")
+        set_peft_model_state_dict(model, tensors)
+    use_grouped_lora(model)
+    return model
 
 
 def load(model_id: str, *, revision: str | None) -> PreTrainedModel:

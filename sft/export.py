@@ -108,7 +108,7 @@ def export(
         api = check_hub(args.push_to_hub, private=args.private, connect=connect)
     begun = read_record(output)
     origin = begun.origin if begun else None  # so that a newer checkpoint is not mixed in
-    run_weights = find_run_weights(run_dir, origin=origin, check=args.verify)
+    run_weights = find_run_weights(run_dir, origin=origin)
     if form in ("adapter", "gguf-adapter") and not run_weights.is_adapter:
         raise UserError(
             "this run trained all weights, it has no adapter: --format bf16, mxfp4 or gguf"

@@ -171,7 +171,7 @@ def test_a_run_that_is_missing_unfinished_or_held_nothing_out_is_refused(tmp_pat
     summary = tmp_path / "run/final/summary.json"
     summary.parent.mkdir()
     summary.write_text('{"steps": 4')
-    with pytest.raises(UserError, match="has not finished"):
+    with pytest.raises(UserError, match="is torn"):
         evaluate(tmp_path / "run", args)
     summary.write_text('{"steps": 4}')
     with pytest.raises(UserError, match="does not say what was trained"):

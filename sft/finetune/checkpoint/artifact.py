@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint.summary_file import SUMMARY, write_summary
 from finetune.model.loading import save_tokenizer
 
 ARTIFACT = "final"
-SUMMARY = "summary.json"
 EVALUATION = "evaluation.json"
 LOSS_PLOT = "loss.png"
 
@@ -51,8 +51,7 @@ def save_artifact(
         save_tokenizer(tokenizer, artifact)
         files = sorted(path for path in artifact.iterdir() if path.is_file())
         await_upload(files)
-        sizes = {path.name: path.stat().st_size for path in files}
-        (artifact / SUMMARY).write_text(json.dumps(summary | {"files": sizes}, indent=2))
+        write_summary(artifact, summary, files)
         await_upload([artifact / SUMMARY])
     if patient is not None:
         barrier(group=patient)

@@ -1,14 +1,16 @@
 """What a finished run is evaluated on: its record, the conversations it held out, and prompts."""
 
 import json
+import os
 import random
 from pathlib import Path
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from finetune.checkpoint.artifact import SUMMARY
+from finetune.checkpoint.contents import naming
 from finetune.checkpoint.fingerprint import RunRecord
+from finetune.checkpoint.summary_file import REMEDY, SUMMARY, read_summary
 from finetune.data.dataset import load_conversations
 from finetune.data.harmony import Encoder
 from finetune.data.options import DataArguments
@@ -19,21 +21,24 @@ from finetune.evaluation.generation import Prompt, make_prompt
 def finished_run(artifact: Path) -> RunRecord:
     """The record of the run that left this artifact.
 
-    Raises UserError if there is no run, it has not finished, or it has left no record.
+    Raises UserError if there is no run, it has not finished, or it has left no record; and for a
+    file of the artifact that is not as it was written.
     """
     run_dir = artifact.parent
     if not run_dir.is_dir():
         raise UserError(f"there is no run at {run_dir}: give the folder that training wrote to")
-    try:
-        summary = json.loads((artifact / SUMMARY).read_text())
-    except (OSError, ValueError):
+    if os.path.lexists(artifact) and not artifact.is_dir():
+        raise UserError(f"{artifact} is not a folder: {REMEDY}")
+    if not os.path.lexists(artifact / SUMMARY):
         raise UserError(
             f"the run at {run_dir} has not finished: {artifact} has no complete {SUMMARY}; "
             "launch it again, it goes on from its newest checkpoint"
-        ) from None
+        )
+    summary = read_summary(artifact)
     if "run" not in summary:
         raise UserError(f"{artifact / SUMMARY} does not say what was trained: train once more")
-    return RunRecord.from_json(summary["run"], file=artifact / SUMMARY)
+    with naming(artifact / SUMMARY):
+        return RunRecord.from_json(summary["run"], file=artifact / SUMMARY)
 
 
 def held_out_conversations(run: RunRecord, dataset: str | None) -> Dataset:

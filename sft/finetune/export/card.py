@@ -12,6 +12,7 @@ import yaml
 
 from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, LOSS_PLOT
 from finetune.checkpoint.fingerprint import RunRecord
+from finetune.errors import only_warn
 from finetune.export.record import ExportRecord
 from finetune.export.source import RunWeights
 from finetune.summary import as_text
@@ -136,23 +137,28 @@ def evaluation(source: Path, output: Path) -> str:
     """
     parts = []
     if (source / EVALUATION).is_file():
-        measured = json.loads((source / EVALUATION).read_text())
-        columns = ("tokens", "loss", "perplexity", "token_accuracy")
-        lines = ["| | " + " | ".join(columns).replace("_", " ") + " |", "|---" * 5 + "|"]
-        for channel, figures in measured["loss"].items():
-            values = " | ".join(as_text(rounded(figures[name])) for name in columns)
-            lines.append(f"| {channel} | {values} |")
-        parts.append("\n".join(lines))
-        shares = {
-            name.replace("_", " "): as_text(rounded(pair))
-            for name, pair in measured.items()
-            if isinstance(pair, list) and name != "generations"
-        }
-        parts.append(f"Of {measured['generated']} answers, base -> trained:\n\n{table(shares)}")
+        with only_warn(f"the card has no figures, for {source / EVALUATION} is damaged"):
+            parts += evaluation_tables(json.loads((source / EVALUATION).read_text()))
     if (source / LOSS_PLOT).is_file():
         shutil.copyfile(source / LOSS_PLOT, output / LOSS_PLOT)
         parts.append(f"![training and evaluation loss]({LOSS_PLOT})")
     return "\n\n".join(["## Evaluation", *parts]) if parts else ""
+
+
+def evaluation_tables(measured: dict[str, Any]) -> list[str]:
+    """The figures of evaluation.json: losses by channel, and shares of the generated answers."""
+    columns = ("tokens", "loss", "perplexity", "token_accuracy")
+    lines = ["| | " + " | ".join(columns).replace("_", " ") + " |", "|---" * 5 + "|"]
+    for channel, figures in measured["loss"].items():
+        values = " | ".join(as_text(rounded(figures[name])) for name in columns)
+        lines.append(f"| {channel} | {values} |")
+    shares = {
+        name.replace("_", " "): as_text(rounded(pair))
+        for name, pair in measured.items()
+        if isinstance(pair, list) and name != "generations"
+    }
+    answers = f"Of {measured['generated']} answers, base -> trained:\n\n{table(shares)}"
+    return ["\n".join(lines), answers]
 
 
 def rounded(value: Any) -> Any:

@@ -21,6 +21,7 @@ from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from transformers import GptOssConfig
 from trl import ModelConfig
 
+from finetune.checkpoint.contents import naming
 from finetune.errors import UserError
 from finetune.export.source import RunWeights
 from finetune.model.loading import load_config, meta_model
@@ -196,7 +197,8 @@ def open_merged(
     if not run_weights.is_adapter:
         return MergedWeights(base, run_weights, {}), None
     config = load_config(base.model_id, revision=base.revision)
-    skeleton = adapted_skeleton(config, run_weights.lora_config())
+    with naming(run_weights.lora_file):
+        skeleton = adapted_skeleton(config, run_weights.lora_config())
     lora = skeleton.peft_config["default"]
     lora.base_model_name_or_path, lora.inference_mode = run_weights.record.model, True
     return MergedWeights(base, run_weights, find_targets(skeleton)), lora

@@ -4,7 +4,7 @@ They come from the run's final artifact or, if there is none, from its newest co
 also while the run is still training. Nothing is written to the run's folder.
 """
 
-import json
+import os
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -15,16 +15,18 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from trl import ModelConfig
 
-from finetune.checkpoint.artifact import ARTIFACT, SUMMARY, is_finished
-from finetune.checkpoint.contents import METADATA, CheckpointReader, load_tensors
+from finetune.checkpoint.artifact import ARTIFACT
+from finetune.checkpoint.contents import METADATA, CheckpointReader, load_tensors, naming
 from finetune.checkpoint.fingerprint import RunRecord, read_record
 from finetune.checkpoint.manifest import (
+    MANIFEST,
     check_hashes,
     complete_checkpoints,
     newest_checkpoint,
     print_skipped,
     read_manifest,
 )
+from finetune.checkpoint.summary_file import REMEDY, SUMMARY, read_summary
 from finetune.errors import UserError
 from finetune.model.weights import CPU, BaseWeights
 
@@ -39,8 +41,11 @@ class RunWeights(ABC):
     have the names of GptOssForCausalLM and are in bf16.
 
     folder: what is read; origin: its name, `final` or `checkpoint-N`; step: of the optimizer, None
-    if the run did not record it; record: what was trained on what; shapes: of each tensor, by name.
+    if the run did not record it; record: what was trained on what; shapes: of each tensor, by name;
+    lora_file: where the adapter's configuration is from.
     """
+
+    lora_file: Path
 
     def __init__(self, folder: Path, *, step: int | None, record: RunRecord) -> None:
         self.folder, self.step, self.record = folder, step, record
@@ -74,37 +79,35 @@ class FinalArtifact(RunWeights):
     """The safetensors that train.py writes at its end. Raises UserError if a file is cut off."""
 
     def __init__(self, folder: Path, *, run_dir: Path) -> None:
-        try:
-            summary = json.loads((folder / SUMMARY).read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{folder / SUMMARY} is torn: is the run writing it just now?"
-            ) from error
+        summary = read_summary(folder)
         values = summary.get("run")
         if values:
-            record = RunRecord.from_json(values, file=folder / SUMMARY)
+            with naming(folder / SUMMARY):
+                record = RunRecord.from_json(values, file=folder / SUMMARY)
         else:
             record = newest_record(run_dir)
         super().__init__(folder, step=summary.get("steps"), record=record)
+        self.lora_file = folder / "adapter_config.json"
         if self.is_adapter:
             self.files = read_names([folder / ADAPTER])
         else:
             self.files = BaseWeights(str(folder)).files
             read_names(sorted(set(self.files.values())))
         for name, file in self.files.items():
-            with safe_open(file, "pt") as tensors:
+            with naming(file), safe_open(file, "pt") as tensors:
                 self.shapes[name] = torch.Size(tensors.get_slice(name).get_shape())
 
     def rows(
         self, name: str, *, start: int = 0, stop: int | None = None, device: torch.device = CPU
     ) -> torch.Tensor:
-        with safe_open(self.files[name], "pt") as tensors:
+        with naming(self.files[name]), safe_open(self.files[name], "pt") as tensors:
             rows = tensors.get_slice(name)[start:stop]
         rows = rows if self.is_adapter else rows.to(torch.bfloat16)
         return rows.to(device)
 
     def lora_config(self) -> LoraConfig:
-        return LoraConfig.from_pretrained(self.folder)
+        with naming(self.lora_file):
+            return LoraConfig.from_pretrained(self.folder)
 
 
 class SavedCheckpoint(RunWeights):
@@ -116,6 +119,7 @@ class SavedCheckpoint(RunWeights):
     def __init__(self, folder: Path) -> None:
         manifest = read_manifest(folder)
         super().__init__(folder, step=manifest["step"], record=read_record(folder))
+        self.lora_file = folder / MANIFEST
         if not (folder / METADATA).exists():
             raise UserError(f"{folder} is DeepSpeed's: export once the run has finished")
         self.reader = CheckpointReader(folder)
@@ -185,18 +189,22 @@ def read_names(files: list[Path]) -> dict[str, Path]:
     return found
 
 
-def find_run_weights(run_dir: Path, *, origin: str | None = None, check: bool = True) -> RunWeights:
+def find_run_weights(run_dir: Path, *, origin: str | None = None) -> RunWeights:
     """The run's final artifact or, if there is none, its newest complete checkpoint.
 
     run_dir: the run's folder, or its artifact alone. origin: the checkpoint to take, because an
-    interrupted export began with it. check: compare a checkpoint's files with their SHA-256. Raises
-    UserError if there is nothing to export, or if it is damaged.
+    interrupted export began with it. Raises UserError if there is nothing to export, or if a file
+    is not as it was written, by its size and SHA-256.
     """
     if not run_dir.is_dir():
         raise UserError(f"there is no run in {run_dir}: give the folder that holds its checkpoints")
-    artifact = run_dir if is_finished(run_dir) else run_dir / ARTIFACT
-    if is_finished(artifact) and not (origin or "").startswith("checkpoint"):
-        return FinalArtifact(artifact, run_dir=run_dir)
+    artifact = run_dir if os.path.lexists(run_dir / SUMMARY) else run_dir / ARTIFACT
+    if not (origin or "").startswith("checkpoint"):
+        if os.path.lexists(artifact) and not artifact.is_dir():
+            raise UserError(f"{artifact} is not a folder: {REMEDY}")
+        # Without a summary the run is still writing it, or was interrupted there.
+        if os.path.lexists(artifact / SUMMARY):
+            return FinalArtifact(artifact, run_dir=run_dir)
     problems: list[str] = []
 
     def skip(folder: Path, problem: str) -> None:
@@ -205,7 +213,7 @@ def find_run_weights(run_dir: Path, *, origin: str | None = None, check: bool = 
 
     for folder in complete_checkpoints(run_dir, on_skip=skip):
         if origin in (None, folder.name):
-            damage = check_hashes(folder) if check else None
+            damage = check_hashes(folder)
             if damage is not None:
                 raise UserError(f"{folder}: {damage}; delete it to export the one before")
             return SavedCheckpoint(folder)

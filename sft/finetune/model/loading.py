@@ -30,10 +30,10 @@ def load_config(model_id: str, *, revision: str = "main") -> GptOssConfig:
     """Read the model's config. Raises UserError if it cannot be read or is not gpt-oss."""
     try:
         config = AutoConfig.from_pretrained(model_id, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged config.json makes transformers raise almost anything
         raise UserError(
             f"model {model_id!r} cannot be read: give a hub name (is the hub reachable?) "
-            f"or a folder with config.json; {str(error).splitlines()[0]}"
+            f"or a folder with config.json; {(str(error).splitlines() or [''])[0]}"
         ) from error
     if config.model_type != "gpt_oss":
         raise UserError(
@@ -47,8 +47,8 @@ def load_tokenizer(model_id: str, *, revision: str = "main") -> PreTrainedTokeni
     """Read the tokenizer with its chat template. Raises UserError if it cannot be read."""
     try:
         return AutoTokenizer.from_pretrained(model_id, revision=revision)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the tokenizers library raises Exception itself
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         if Path(model_id).is_dir() and not (Path(model_id) / "tokenizer.json").exists():
             reason = "the folder holds no tokenizer.json: copy it from the model it was made from"
         raise UserError(f"the tokenizer of {model_id!r} cannot be read; {reason}") from error

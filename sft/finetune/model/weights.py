@@ -7,14 +7,16 @@ rows that it owns.
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import fsdp2_prepare_model
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssModel, GptOssRotaryEmbedding
@@ -81,10 +83,11 @@ class BaseWeights:
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = json.loads(index.read_text())["weight_map"]
-            self.files = {name: folder / file for name, file in files.items()}
+            with reading(index):
+                files = json.loads(index.read_text())["weight_map"]
+                self.files = {name: folder / file for name, file in files.items()}
         elif (folder / "model.safetensors").exists():
-            with safe_open(folder / "model.safetensors", "pt") as file:
+            with tensors_of(folder / "model.safetensors") as file:
                 self.files = dict.fromkeys(file.keys(), folder / "model.safetensors")
         else:
             raise UserError(
@@ -98,7 +101,7 @@ class BaseWeights:
         if self.is_packed(name):
             num_experts, out, groups, _ = self.shape(f"{name}_blocks")
             return torch.Size((num_experts, groups * BLOCK_SIZE, out))
-        with safe_open(self.files[name], "pt") as file:
+        with tensors_of(self.files[name]) as file:
             return torch.Size(file.get_slice(name).get_shape())
 
     def rows(
@@ -107,7 +110,7 @@ class BaseWeights:
         """Raises UserError if no tensor of this name is stored."""
         if name not in self.files:
             raise UserError(f"the weights of {self.model_id!r} lack {name}")
-        with safe_open(self.files[name], "pt") as file:
+        with tensors_of(self.files[name]) as file:
             return file.get_slice(name)[start:stop].to(device)
 
     def dense(
@@ -116,6 +119,25 @@ class BaseWeights:
         if self.is_packed(name):
             return read_packed(self, name, start=start, stop=stop, device=device).dense()
         return self.rows(name, start=start, stop=stop, device=device)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Turn what a damaged file makes a reader raise into a UserError that names the file."""
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"{file} is damaged or missing ({type(error).__name__}: {text}): fetch it again"
+        ) from error
+
+
+@contextmanager
+def tensors_of(file: Path) -> Iterator[Any]:
+    """An open safetensors file. Raises UserError, naming it, for what fails while it is open."""
+    with reading(file), safe_open(file, "pt") as tensors:
+        yield tensors
 
 
 def download(model_id: str, revision: str) -> Path:
