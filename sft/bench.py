@@ -7,9 +7,9 @@
     python sft/bench.py --paths recipe no_packing compiled      what one lever is worth
     python sft/bench.py --tiny                            small shapes and few steps, for a CPU
 
-A path (finetune/benchmark/variants.py lists them all) is an SFTTrainer with LoRA r=8 on every
-linear layer and every expert (--use_peft false: all weights are trained). Every path trains on the
-same random conversations, in a process of its own:
+A path (finetune/benchmark/variants.py lists them all) is an SFTTrainer with LoRA r=8 on q, k, v,
+o and both projections of every expert (--use_peft false: all weights are trained). Every path
+trains on the same random conversations, in a process of its own:
 
     recipe         rows packed to max_length, grouped LoRA beside experts in MXFP4, the fastest
                    attention that is right on this machine, saving in the background

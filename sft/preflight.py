@@ -32,6 +32,7 @@ from finetune.errors import one_line_errors
 from finetune.model.loading import load_config, load_tokenizer
 from finetune.model.weights import BaseWeights
 from finetune.node import check_gpus, check_output_dir, check_wandb_key, num_processes
+from finetune.training.num_steps import few_steps_of
 
 
 def main() -> None:
@@ -47,6 +48,9 @@ def main() -> None:
     date = config.data.conversation_start_date or conversation_date(run_dir)
     data_args = replace(config.data, conversation_start_date=date)
     train_dataset, _ = load_datasets(config.script, config.training, data_args, tokenizer)
+    warning = few_steps_of(train_dataset, config.training, num_gpus=num_processes())
+    if warning:
+        print(f"warning: {warning}", flush=True)
     # Downloaded here, not by ranks that wait for each other no longer than a barrier's timeout.
     BaseWeights(model_id, revision=revision)
     if config.run.ignore_fingerprint or config.training.resume_from_checkpoint != "true":

@@ -72,6 +72,7 @@ from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.summary import printable
 from finetune.task_file import TaskFile
+from finetune.training.num_steps import few_steps, num_training_steps, sequences_per_step
 
 BAR_COLUMNS = 40  # the longest bar of the histogram
 SVG_COLUMNS = 100
@@ -187,17 +188,13 @@ def epoch_summary(
         sequences = pack_dataset(kept, max_length, training_args.packing_strategy)
         fill = num_tokens / len(sequences) / max_length
         summary.append(("packed sequences", f"{len(sequences):,}, {fill:.1%} full"))
-    batch = (
-        training_args.per_device_train_batch_size
-        * training_args.gradient_accumulation_steps
-        * num_gpus
-    )
-    num_steps = math.ceil(len(sequences) / batch)
-    return [
-        *summary,
-        ("steps an epoch", f"{num_steps:,} of {batch} sequences"),
+    batch = sequences_per_step(training_args, num_gpus=num_gpus)
+    summary += [
+        ("steps an epoch", f"{math.ceil(len(sequences) / batch):,} of {batch} sequences"),
         ("tokens an epoch", f"{num_tokens:,}"),
     ]
+    warning = few_steps(num_training_steps(len(sequences), training_args, num_gpus=num_gpus))
+    return [*summary, ("warning", warning)] if warning else summary
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune gpt-oss: all weights, or LoRA on every linear layer and every expert.
+"""Fine-tune gpt-oss: all weights, or LoRA on q, k, v, o and both projections of every expert.
 
     accelerate launch --config_file sft/ddp.yaml sft/train.py --use_peft true \\
         --model_name_or_path openai/gpt-oss-20b --dataset_name HuggingFaceH4/Multilingual-Thinking
@@ -30,7 +30,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PrinterCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import SFTConfig
 
 from finetune.arguments import Config, check_spelling, parse_args
@@ -64,6 +64,8 @@ from finetune.plot import plot_losses
 from finetune.summary import print_summary
 from finetune.training.callbacks import EvaluateAtEnd, Throughput
 from finetune.training.divergence import check_tensors
+from finetune.training.log_line import LogLine
+from finetune.training.num_steps import few_steps
 from finetune.training.tracking import configure_wandb
 from finetune.training.trainer import (
     Beginning,
@@ -175,6 +177,7 @@ def make_trainer(
         callbacks=[
             Beginning(saver),
             EvaluateAtEnd(),
+            LogLine(),
             LaunchLog(run_dir, saver, wandb_run_id=wandb_run_id),
             Watchdog(timeout=patience, is_excused=lambda: saver.is_waiting),
         ],
@@ -192,8 +195,8 @@ def make_trainer(
     # First in the list, so that what it adds to a log entry reaches the callbacks that print it and
     # send it to W&B.
     trainer.callback_handler.callbacks.insert(0, throughput)
-    if not trainer.is_world_process_zero():
-        trainer.remove_callback(PrinterCallback)  # it would print the loss on every node
+    for stock in (PrinterCallback, ProgressCallback):  # LogLine prints instead
+        trainer.remove_callback(stock)
 
     trainer.accelerator.print(f"attention: {attention}; processes: {num_processes}")
     trainer.accelerator.print(
@@ -235,6 +238,8 @@ def save(
     launches = read_launches(config.training.output_dir)
     summary: dict[str, Any] = throughput.summary(trainer.state) | interruption_cost(launches)
     summary["artifact"] = str(artifact)
+    if warning := few_steps(trainer.state.max_steps):
+        summary["warning"] = warning
     title = config.training.run_name
     if trainer.is_world_process_zero():
         with only_warn("the plot of the losses cannot be drawn"):

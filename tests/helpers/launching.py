@@ -1,6 +1,5 @@
 """Flags for short runs of train.py, waiting for them, and reading the losses they print."""
 
-import ast
 import subprocess
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.paths import CONVERSATIONS
+from rehearse import LOGGED_STEP
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
 Start = Callable[..., subprocess.Popen[str]]
@@ -55,5 +55,5 @@ def await_event(happened: Callable[[], Any], launcher: subprocess.Popen[Any]) ->
 
 def losses(output: str) -> list[float]:
     """The training losses that a run printed, one for each logged step."""
-    entries = [line for line in output.splitlines() if line.startswith("{'loss'")]
-    return [float(ast.literal_eval(entry)["loss"]) for entry in entries]
+    steps = [LOGGED_STEP.match(line) for line in output.splitlines()]
+    return [float(step["loss"]) for step in steps if step]

@@ -13,7 +13,6 @@ not give, and prints them.
 """
 
 import argparse
-import ast
 import os
 import re
 import shutil
@@ -49,7 +48,18 @@ REHEARSAL_FLAGS = {
     "save_steps": "4",
 }
 NUM_PROCESSES = 2
-SHOWN_LINES = ("data:", "attention:", "resuming", "no checkpoint", "this run", "checkpoint ")
+SHOWN_LINES = (
+    "step ",
+    "data:",
+    "attention:",
+    "resuming",
+    "no checkpoint",
+    "this run",
+    "checkpoint ",
+)
+
+# The line that a run prints for a step of training (finetune/training/log_line.py).
+LOGGED_STEP = re.compile(r"step \d+/\d+ .*\bloss (?P<loss>\S+) · lr ")
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -150,8 +160,8 @@ def launch(script: str, envs: list[dict[str, str]], *, log: Path) -> Iterator[tu
             for line in nodes[0].stdout:
                 output.write(line)
                 attempt.lines.append(line.rstrip())
-                if line.startswith("{'loss'"):
-                    attempt.losses.append(float(ast.literal_eval(line)["loss"]))
+                if step := LOGGED_STEP.match(line):
+                    attempt.losses.append(float(step["loss"]))
                 yield line.rstrip(), attempt
             attempt.status = max(node.wait() for node in nodes)
         finally:
@@ -171,11 +181,7 @@ def kill_node(launcher: subprocess.Popen[str]) -> None:
 
 def show(line: str) -> None:
     """Print the lines that a person watches: the losses, and what the run reports of itself."""
-    if line.startswith("{'loss'"):
-        entry = ast.literal_eval(line)
-        rate = entry["tokens_per_sec_per_gpu"]
-        console.print(f"  loss {float(entry['loss']):.3f}  {float(rate):,.0f} tokens/s/process")
-    elif line.startswith(SHOWN_LINES):
+    if line.startswith(SHOWN_LINES):
         console.print(f"  {line}", markup=False)
 
 
