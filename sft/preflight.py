@@ -24,9 +24,15 @@ if __name__ == "__main__":
 from dataclasses import replace
 
 from finetune.arguments import check_spelling, parse_args
-from finetune.checkpoint.fingerprint import check_same_run, read_record, run_record
+from finetune.checkpoint.fingerprint import (
+    check_same_run,
+    read_record,
+    read_training_rules,
+    run_record,
+)
 from finetune.checkpoint.history import conversation_date
-from finetune.checkpoint.manifest import newest_checkpoint, print_skipped
+from finetune.checkpoint.ownership import check_later_steps
+from finetune.checkpoint.resume import find_checkpoint
 from finetune.data.dataset import load_datasets
 from finetune.errors import one_line_errors
 from finetune.model.loading import load_config, load_tokenizer
@@ -42,6 +48,7 @@ def main() -> None:
     config = parse_args()
     run_dir = config.training.output_dir
     check_output_dir(run_dir)
+    checkpoint = find_checkpoint(config.training.resume_from_checkpoint, run_dir)
     model_id, revision = config.model_id, config.model.model_revision
     load_config(model_id, revision=revision)
     tokenizer = load_tokenizer(model_id, revision=revision)
@@ -53,14 +60,15 @@ def main() -> None:
         print(f"warning: {warning}", flush=True)
     # Downloaded here, not by ranks that wait for each other no longer than a barrier's timeout.
     BaseWeights(model_id, revision=revision)
-    if config.run.ignore_fingerprint or config.training.resume_from_checkpoint != "true":
-        return
     record = run_record(
         config, train_dataset, conversation_start_date=date, num_processes=num_processes()
     )
-    newest = newest_checkpoint(run_dir, on_skip=print_skipped)
-    if newest is not None:
-        check_same_run(newest, read_record(newest), record)
+    if config.run.ignore_fingerprint:
+        return
+    if checkpoint is not None:
+        check_same_run(checkpoint, read_record(checkpoint), record)
+        record = replace(record, training_rules=read_training_rules(checkpoint))
+    check_later_steps(run_dir, resumed=checkpoint, fingerprint=record.identity())
 
 
 if __name__ == "__main__":

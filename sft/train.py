@@ -48,7 +48,8 @@ from finetune.checkpoint.history import (
     interruption_cost,
     read_launches,
 )
-from finetune.checkpoint.manifest import resume_from
+from finetune.checkpoint.ownership import check_later_steps
+from finetune.checkpoint.resume import resume_from
 from finetune.checkpoint.saver import Saver
 from finetune.data.dataset import load_datasets, mean_length
 from finetune.errors import one_line_errors, only_warn
@@ -99,13 +100,16 @@ def main() -> None:
     data = load_data(config)
     checkpoint = find_checkpoint(config, data.record)
     if checkpoint:  # a run goes on by the rules that it began with
-        rules = read_training_rules(Path(checkpoint))
+        rules = read_training_rules(checkpoint)
         data = replace(data, record=replace(data.record, training_rules=rules))
+    check_later_steps(
+        config.training.output_dir, resumed=checkpoint, fingerprint=data.record.identity()
+    )
     trainer, throughput = make_trainer(config, data, checkpoint)
 
     artifact = Path(config.training.output_dir) / ARTIFACT
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.saver.finish()
     except RunFinished:
         if is_finished(artifact):
@@ -139,16 +143,17 @@ def load_data(config: Config) -> Data:
     return Data(tokenizer, train, held_out, record)
 
 
-def find_checkpoint(config: Config, record: RunRecord) -> str | None:
+def find_checkpoint(config: Config, record: RunRecord) -> Path | None:
     """The checkpoint to resume from, or None. Raises UserError if it is another run's."""
-    checkpoint = resume_from(config.training.resume_from_checkpoint, config.training.output_dir)
+    run_dir = config.training.output_dir
+    checkpoint = resume_from(config.training.resume_from_checkpoint, run_dir)
     if checkpoint and not config.run.ignore_fingerprint:
-        check_same_run(checkpoint, read_record(Path(checkpoint)), record)
+        check_same_run(checkpoint, read_record(checkpoint), record)
     return checkpoint
 
 
 def make_trainer(
-    config: Config, data: Data, checkpoint: str | None
+    config: Config, data: Data, checkpoint: Path | None
 ) -> tuple[ResumableSFTTrainer, Throughput]:
     """The model with its adapter, and the trainer with all that saves, watches and logs."""
     run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
@@ -205,7 +210,7 @@ def make_trainer(
     return trainer, throughput
 
 
-def trainer_arguments(config: Config, checkpoint: str | None) -> SFTConfig:
+def trainer_arguments(config: Config, checkpoint: Path | None) -> SFTConfig:
     """The flags as the trainer is given them; config itself stays as it was parsed."""
     args = copy.copy(config.training)
     # The base model is evaluated once, by the first launch, so that the summary can compare.

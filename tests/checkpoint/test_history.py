@@ -17,6 +17,7 @@ from finetune.checkpoint.history import (
 )
 from finetune.checkpoint.manifest import MANIFEST, write_manifest
 from finetune.checkpoint.saver import Saver
+from helpers.checkpoints import FINGERPRINT
 
 
 def launch(from_step: int, step: int, *, started: float, seconds: float) -> dict[str, float]:
@@ -48,12 +49,32 @@ def test_a_second_machine_whose_clock_is_behind_loses_no_time() -> None:
     assert interruption_cost([first])["interruptions"] == 0
 
 
-def test_a_record_that_was_cut_off_is_skipped(tmp_path: Path) -> None:
-    (tmp_path / "launches").mkdir()
-    (tmp_path / "launches/0001.json").write_text('{"step": 1}')
-    (tmp_path / "launches/0002.json").write_text('{"ste')
-    assert read_launches(tmp_path) == [{"step": 1}]
+GARBAGE = ("", '{"ste', "{}", "[]", "null", "[" * 100_000, '{"from_step": "0"}', "\ud800")
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_what_is_no_record_is_skipped(tmp_path: Path, garbage: str) -> None:
+    folder = tmp_path / "launches"
+    folder.mkdir()
+    record = launch(0, 1, started=0, seconds=1)
+    (folder / "0001.json").write_bytes(garbage.encode(errors="surrogatepass"))
+    (folder / "0002.json").write_text(json.dumps(record))
+    (folder / "0003.json").mkdir()
+    (folder / "0004.json").symlink_to("nowhere")
+    (folder / "0005.json").write_text(json.dumps(record | {"started": 1e300}))
+    assert read_launches(tmp_path) == [record]
+    assert first_wandb_run(tmp_path) is None
+    assert conversation_date(tmp_path) == "1970-01-01"
+    assert interruption_cost(read_launches(tmp_path))["interruptions"] == 0
     assert read_launches(tmp_path / "nowhere") == []
+
+
+def test_a_launch_writes_over_no_other_record(tmp_path: Path) -> None:
+    (tmp_path / "launches").mkdir()
+    for name in ("0003.json", "notes.json"):
+        (tmp_path / "launches" / name).write_text("{}")
+    saver = cast(Saver, SimpleNamespace(stall_seconds=0.0))
+    assert LaunchLog(tmp_path, saver, wandb_run_id=None).file.name == "0004.json"
 
 
 class Clock:
@@ -68,7 +89,7 @@ class Clock:
 
 def test_a_launch_is_recorded_at_most_once_a_second(tmp_path: Path) -> None:
     clock = Clock()
-    saver = cast(Saver, SimpleNamespace(stall_seconds=0.25))
+    saver = cast(Saver, SimpleNamespace(stall_seconds=0.25, complete_step=2))
     log = LaunchLog(tmp_path, saver, wandb_run_id="w", clock=clock)
     state = TrainerState(global_step=3, max_steps=10)
 
@@ -87,6 +108,7 @@ def test_a_launch_is_recorded_at_most_once_a_second(tmp_path: Path) -> None:
     clock.now, state.global_step = 1.6, 7
     log.on_train_end(None, state, None)
     assert recorded()["step"] == 7 and recorded()["saving_seconds"] == 0.25
+    assert recorded()["complete"] == 2
     assert first_wandb_run(tmp_path) == "w"
 
 
@@ -102,13 +124,12 @@ def test_all_launches_use_the_date_of_the_newest_checkpoint_or_the_first_launch(
 ) -> None:
     (tmp_path / "launches").mkdir()
     for name, started in (("0001", 86400.0 * 365), ("0002", 86400.0 * 400)):
-        (tmp_path / f"launches/{name}.json").write_text(json.dumps({"started": started}))
+        record = json.dumps(launch(0, 1, started=started, seconds=1))
+        (tmp_path / f"launches/{name}.json").write_text(record)
     assert conversation_date(tmp_path) == "1971-01-01"
     folder = tmp_path / "checkpoint-1"
     folder.mkdir()
-    record = {"model": "m", "model_revision": "r", "dataset": "d", "seed": 0, "use_peft": True}
-    record["conversation_start_date"] = "2026-01-02"
-    write_manifest(folder, {"files": {}, "fingerprint": record})
+    write_manifest(folder, {"files": {}, "fingerprint": FINGERPRINT})
     assert conversation_date(tmp_path) == "2026-01-02"
     (folder / MANIFEST).unlink()
     assert conversation_date(tmp_path) == "1971-01-01"

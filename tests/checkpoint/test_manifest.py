@@ -1,8 +1,11 @@
-"""Which checkpoint a run resumes from, and which are deleted."""
+"""Which folders are checkpoints, and which of those are complete."""
 
+import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,38 +13,19 @@ from finetune.checkpoint.manifest import (
     MANIFEST,
     check_complete,
     check_hashes,
+    checkpoints,
     complete_checkpoints,
     files_of_rank,
-    manifest_entries,
     newest_checkpoint,
-    prune,
-    resume_from,
-    write_manifest,
 )
-from finetune.errors import UserError
-
-
-def make_checkpoint(run_dir: Path, step: int) -> Path:
-    folder = run_dir / f"checkpoint-{step}"
-    folder.mkdir(parents=True)
-    for name in (".metadata", "__0_0.distcp", "__1_0.distcp", "rng_state_1.pth", "scheduler.pt"):
-        (folder / name).write_bytes(os.urandom(1000))
-    files = [*files_of_rank(folder, rank=0), *files_of_rank(folder, rank=1)]
-    write_manifest(folder, {"files": manifest_entries(folder, files), "fingerprint": {}})
-    return folder
-
-
-def flip_a_bit(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[500] ^= 4
-    file.write_bytes(content)
+from helpers.checkpoints import flip_a_bit, make_checkpoint
 
 
 def test_a_rank_lists_the_files_that_it_wrote(tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, 1)
     names = [[file.name for file in files_of_rank(folder, rank=rank)] for rank in range(2)]
     assert names == [
-        [".metadata", "__0_0.distcp", "scheduler.pt"],
+        [".metadata", "__0_0.distcp", "rng_state_0.pth", "scheduler.pt", "trainer_state.json"],
         ["__1_0.distcp", "rng_state_1.pth"],
     ]
 
@@ -52,9 +36,85 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
         for path in (*folder.iterdir(), folder):  # a clock that runs backwards
             os.utime(path, (age * 1000, age * 1000))
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
-    assert resume_from("true", str(tmp_path)) == str(tmp_path / "checkpoint-100")
-    assert resume_from(None, str(tmp_path)) is None
-    assert resume_from("false", str(tmp_path)) is None
+
+
+def test_only_a_real_folder_with_the_name_of_a_step_is_a_checkpoint(tmp_path: Path) -> None:
+    made = make_checkpoint(tmp_path, 4)
+    names = ("backup-4", "04", "4-old", "4 ", "+4", "1_0", "\N{ARABIC-INDIC DIGIT FOUR}", "", "-4")
+    for name in names:
+        (tmp_path / f"checkpoint-{name}").mkdir()
+    (tmp_path / "checkpoint-5").symlink_to(made)
+    (tmp_path / "checkpoint-6").symlink_to("nowhere")
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert checkpoints(tmp_path) == [made]
+    assert list(complete_checkpoints(tmp_path)) == [made]
+    assert check_complete(tmp_path / "checkpoint-5") == "it is not a folder"
+
+
+def rewrite(folder: Path, **changes: Any) -> None:
+    """Change the manifest and make its hash of itself right again. None removes an entry."""
+    manifest = json.loads((folder / MANIFEST).read_text()) | changes
+    manifest = {name: value for name, value in manifest.items() if value is not None}
+    manifest.pop("sha256", None)
+    text = json.dumps(manifest, sort_keys=True)
+    manifest["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+ENTRY = {"size": 1, "sha256": "x"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"step": 3}, "is of step 3: was the folder renamed or copied?"),
+        ({"step": None}, "is of step None"),
+        ({"files": None}, "does not list its files"),
+        ({"files": ["__0_0.distcp"]}, "does not list its files"),
+        ({"files": {"__0_0.distcp": 7}}, "does not say what '__0_0.distcp' was"),
+        ({"files": {"/etc/passwd": ENTRY}}, "lists '/etc/passwd', which is not in the checkpoint"),
+        ({"files": {"../x": ENTRY}}, "lists '../x', which is not in the checkpoint"),
+        ({"format": 2}, "is of format 2, and this version of the code reads format 1"),
+        ({"fingerprint": [1]}, "the fingerprint in its manifest.json is no object"),
+    ],
+)
+def test_a_manifest_that_cannot_be_of_this_folder_is_refused(
+    changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    folder = make_checkpoint(tmp_path, 4)
+    rewrite(folder, **changes)
+    assert reason in str(check_complete(folder))
+
+
+def test_a_manifest_of_before_formats_were_counted_is_read(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 4)
+    rewrite(folder, format=None)
+    assert check_complete(folder) is None
+
+
+def test_a_manifest_of_before_it_had_a_hash_of_itself_is_refused_by_name(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 4)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"], manifest["format"]
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    assert "it is of a version too old to be read" in str(check_complete(folder))
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "null", "7", "[" * 100_000, '{"files": {'])
+def test_garbage_for_a_manifest_is_refused(content: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 4)
+    (folder / MANIFEST).write_text(content)
+    assert "not what was written" in str(check_complete(folder))
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
 
 
 @pytest.mark.parametrize(
@@ -63,26 +123,20 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
         (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json"),
         (lambda folder: os.truncate(folder / MANIFEST, 100), "its manifest.json is torn"),
         (lambda folder: flip_a_bit(folder / MANIFEST), "its manifest.json is torn"),
+        (lambda folder: make_folder(folder / MANIFEST), "its manifest.json cannot be read"),
+        (lambda folder: make_dangling(folder / MANIFEST), "its manifest.json is a link that leads"),
         (lambda folder: (folder / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
-        (lambda folder: os.truncate(folder / ".metadata", 999), ".metadata has 999 bytes"),
+        (lambda folder: make_folder(folder / "__1_0.distcp"), "__1_0.distcp is not a file"),
+        (lambda folder: make_dangling(folder / "__1_0.distcp"), "__1_0.distcp is missing"),
+        (lambda folder: os.truncate(folder / ".metadata", 9), ".metadata has 9 bytes, not"),
         (lambda folder: flip_a_bit(folder / "__0_0.distcp"), "__0_0.distcp is not what was"),
     ],
-    ids=["no manifest", "torn", "manifest's bit flipped", "missing", "truncated", "bit flipped"],
 )
-def test_damaged_checkpoints_are_skipped_and_named(
-    damage: Callable[[Path], None],
-    reason: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    good, bad = make_checkpoint(tmp_path, 1), make_checkpoint(tmp_path, 2)
-    (tmp_path / "checkpoint-old").mkdir()  # a copy that a user made: it has no step
-    assert check_complete(bad) is None and check_hashes(bad) is None
-    damage(bad)
-    assert resume_from("true", str(tmp_path)) == str(good)
-    assert f"checkpoint {bad} is skipped: {reason}" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"--resume_from_checkpoint {bad}: {reason}"):
-        resume_from(str(bad), str(tmp_path))
+def test_damage_is_named(damage: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 4)
+    assert check_complete(folder) is None and check_hashes(folder) is None
+    damage(folder)
+    assert str(check_complete(folder) or check_hashes(folder)).startswith(reason)
 
 
 def test_a_torn_manifest_is_skipped_by_all_who_ask_for_complete_checkpoints(
@@ -100,20 +154,5 @@ def test_a_torn_manifest_is_skipped_by_all_who_ask_for_complete_checkpoints(
     assert newest_checkpoint(tmp_path) == folders[2]
 
 
-def test_without_a_folder_there_is_nothing_to_resume(tmp_path: Path) -> None:
+def test_without_a_folder_there_is_no_checkpoint(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "missing") is None
-    assert resume_from("true", str(tmp_path / "missing")) is None
-
-
-def test_the_newest_complete_checkpoint_is_never_deleted(tmp_path: Path) -> None:
-    folders = {step: make_checkpoint(tmp_path, step) for step in range(1, 8)}
-    for step in (3, 5, 6):
-        (folders[step] / MANIFEST).unlink()
-    prune(folders[4], keep=None)
-    assert len(list(tmp_path.iterdir())) == 7
-    prune(folders[4], keep=2)  # 7 may be damaged: the run has resumed from one before it
-    left = {folder.name for folder in tmp_path.iterdir()}
-    assert left == {f"checkpoint-{step}" for step in (2, 4, 5, 6, 7)}
-    prune(folders[4], keep=0)
-    left = {folder.name for folder in tmp_path.iterdir()}
-    assert left == {f"checkpoint-{step}" for step in (4, 5, 6, 7)}

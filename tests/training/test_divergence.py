@@ -39,3 +39,10 @@ def test_an_optimizer_state_that_is_not_finite_is_not_saved() -> None:
     with pytest.raises(UserError, match=r"optimizer\.w\.exp_avg on rank 0"):
         check_tensors(state, "the states after step 2", gather=lambda value: [value])
     check_tensors({"packed": torch.ones(2, dtype=torch.uint8)}, "x", gather=lambda value: [value])
+
+
+def test_a_shard_of_zero3_is_looked_at_instead_of_its_empty_parameter() -> None:
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = torch.tensor([1.0, float("inf")])  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="w on rank 0"):
+        check_tensors({"w": parameter}, "the weights", gather=lambda value: [value])

@@ -9,7 +9,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
 
-from finetune.training.filler import FilledDataset, fill_batches, filler_of
+from finetune.training.filler import FilledDataset, fill_batches, filler_of, num_real_tokens
 
 
 def rows_of(num_rows: int) -> Dataset:
@@ -62,3 +62,17 @@ def test_a_filler_of_a_packed_row_is_one_short_conversation_outside_the_loss() -
         "labels": [-100] * 16,
         "seq_lengths": [16],
     }
+
+
+def test_rates_count_neither_padding_nor_fillers() -> None:
+    """Two conversations, of 5 and 3 tokens, and a filler of 4, padded and one after the other."""
+    padded = {
+        "attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [1] * 4 + [0]]),
+        "labels": torch.tensor([[-100, 1, 1, 1, 1], [-100, -100, 1, -100, -100], [-100] * 5]),
+    }
+    assert num_real_tokens(padded) == 8
+    flat = {
+        "position_ids": torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]),
+        "labels": torch.tensor([[-100, 1, 1, 1, 1, -100, -100, 1, *[-100] * 4]]),
+    }
+    assert num_real_tokens(flat) == 8

@@ -5,7 +5,8 @@ checkpoints to resume from, the artifact in `final`, a record of each launch.
 
 saver.Saver                     saves in the background; all ranks decide together
 manifest.complete_checkpoints   the checkpoints that can be used, the newest first
-manifest.resume_from            the newest complete checkpoint whose hashes are right
+resume.resume_from              the newest complete checkpoint whose hashes are right
+ownership.prune                 deletes old checkpoints, of what this run has written
 contents.load_tensors           a checkpoint's tensors; its files are read as data, never executed
 fingerprint.RunRecord           what a run trains on what; a checkpoint of another is refused
 artifact.save_artifact          writes weights or adapter, tokenizer and summary

@@ -70,9 +70,13 @@ def fix_saved_config(artifact: Path) -> None:
 def is_finished(artifact: Path) -> bool:
     """Whether save_artifact ended there, and every file has the size that its summary names."""
     try:
-        files = json.loads((artifact / SUMMARY).read_text()).get("files", {})
-        return all((artifact / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError):
+        summary = json.loads((artifact / SUMMARY).read_text())
+        # A summary that names no files, as the first version wrote it, still has the run's steps.
+        if not isinstance(summary, dict) or not {"files", "steps"} & summary.keys():
+            return False
+        sizes = dict(summary.get("files", {}))
+        return all((artifact / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

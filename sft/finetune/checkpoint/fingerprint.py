@@ -150,6 +150,9 @@ class RunRecord:
                 f"{file} does not hold the run's {', '.join(missing)}: it was not written by "
                 "train.py, or by a version too old to be read"
             )
+        problem = type_problem(values)
+        if problem is not None:
+            raise UserError(f"{file} says of its run that {problem}: it is not what was written")
         nested = ("data", "training", "lora", "packages", "other")
         own = [f.name for f in fields(cls) if f.name not in nested]
         data = [f.name for f in fields(DataArguments)]
@@ -166,6 +169,19 @@ class RunRecord:
             packages={name: public(version) for name, version in pick(PACKAGES).items()},
             other={name: value for name, value in values.items() if name not in known},
         )
+
+
+def type_problem(values: dict[str, Any]) -> str | None:
+    """A value of a type that no version has written and that could not be used, or None."""
+    texts = ("model", "model_revision", "dataset", *(name for name in PACKAGES if name in values))
+    kinds = {**dict.fromkeys(texts, str), "seed": int, "use_peft": bool}
+    if "training_rules" in values:
+        kinds["training_rules"] = int
+    for name, kind in kinds.items():
+        if not isinstance(values[name], kind):
+            return f"{name} is {values[name]!r}"
+    date = values.get("conversation_start_date")
+    return None if date is None or isinstance(date, str) else f"its date is {date!r}"
 
 
 def run_record(
@@ -243,13 +259,27 @@ def dataset_sha256(dataset: Dataset) -> str:
 
 def read_record(folder: Path) -> RunRecord:
     """The record in a complete checkpoint's manifest. Raises UserError if it holds none."""
-    fingerprint = read_manifest(folder).get("fingerprint", {})
+    try:
+        fingerprint = read_manifest(folder).get("fingerprint", {})
+    except (OSError, ValueError) as error:  # it has been deleted or replaced since it was checked
+        raise UserError(f"{folder}: its {MANIFEST} cannot be read: {error}") from error
     return RunRecord.from_json(fingerprint, file=folder / MANIFEST)
 
 
 def read_training_rules(folder: Path) -> int:
     """The rules under which the run of a complete checkpoint began; see TRAINING_RULES."""
     return read_manifest(folder).get("fingerprint", {}).get("training_rules", 1)
+
+
+def is_same_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, file: Path) -> bool:
+    """Whether two manifests' fingerprints are of one run. file: that of `saved`."""
+    if saved == current:
+        return True
+    try:
+        records = [RunRecord.from_json(values, file=file) for values in (saved, current)]
+    except UserError:
+        return False
+    return records[0].identity() == records[1].identity()
 
 
 def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:

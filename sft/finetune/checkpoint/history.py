@@ -18,17 +18,28 @@ from finetune.checkpoint.manifest import newest_checkpoint
 from finetune.checkpoint.saver import Saver
 
 FOLDER = "launches"
+# What each record holds beside wandb_run_id and, since there was a first checkpoint, `complete`.
+NUMBERS = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
+LARGEST = 1e11  # as a Unix time this is in the year 5138
 
 
 def read_launches(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The records of the launches so far, the oldest first; a file cut off by a kill is skipped."""
-    records = []
-    for file in sorted((Path(run_dir) / FOLDER).glob("*.json")):
-        try:
-            records.append(json.loads(file.read_text()))
-        except ValueError:
-            continue
-    return records
+    """The records of the launches so far, the oldest first. What is not a whole record is left out:
+    a kill may have cut one off.
+    """
+    files = sorted((Path(run_dir) / FOLDER).glob("*.json"))
+    return [record for file in files if (record := read_launch(file)) is not None]
+
+
+def read_launch(file: Path) -> dict[str, Any] | None:
+    """The record of one launch, or None if the file holds none."""
+    try:
+        record = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    numbers = [record.get(name) for name in NUMBERS] if isinstance(record, dict) else [None]
+    is_record = all(isinstance(n, (int, float)) and 0 <= n < LARGEST for n in numbers)
+    return record if is_record else None
 
 
 def conversation_date(run_dir: str | Path) -> str:
@@ -46,7 +57,9 @@ def conversation_date(run_dir: str | Path) -> str:
 
 def first_wandb_run(run_dir: str | Path) -> str | None:
     """The id of the W&B run that this run's first launch with an API key started, or None."""
-    return next(filter(None, (launch["wandb_run_id"] for launch in read_launches(run_dir))), None)
+    return next(
+        filter(None, (launch.get("wandb_run_id") for launch in read_launches(run_dir))), None
+    )
 
 
 class LaunchLog(TrainerCallback):
@@ -54,7 +67,8 @@ class LaunchLog(TrainerCallback):
 
     from_step, step: where the launch began and how far it is. seconds, saving_seconds: of training
     and, within that, of waiting for saves. started, updated: Unix times, from which the time
-    between two launches follows.
+    between two launches follows. complete: the step of the newest checkpoint that it completed, or
+    None.
     """
 
     def __init__(
@@ -67,7 +81,8 @@ class LaunchLog(TrainerCallback):
     ) -> None:
         self.saver, self.clock = saver, clock
         folder = Path(run_dir) / FOLDER
-        self.file = folder / f"{len(list(folder.glob('*.json'))) + 1:04}.json"
+        numbers = [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
+        self.file = folder / f"{max(numbers, default=0) + 1:04}.json"
         self.record: dict[str, Any] = {"wandb_run_id": wandb_run_id}
         self.started = self.written = clock()
 
@@ -95,6 +110,7 @@ class LaunchLog(TrainerCallback):
             "seconds": round(self.written - self.started, 3),
             "saving_seconds": round(self.saver.stall_seconds, 3),
             "updated": time.time(),
+            "complete": self.saver.complete_step,
         }
         with suppress(OSError):  # the next save reports a bucket that is gone, on all ranks
             self.file.write_text(json.dumps(self.record))

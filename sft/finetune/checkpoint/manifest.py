@@ -1,4 +1,4 @@
-"""Checkpoints on disk: which ones are complete, which one is resumed, which ones are deleted.
+"""Checkpoints on disk, and which of them are complete.
 
 checkpoint-40/__0_0.distcp ...     one rank's shards of weights and optimizer (torch DCP)
 checkpoint-40/.metadata            where each tensor lies in the shards
@@ -8,40 +8,57 @@ checkpoint-40/manifest.json        size and SHA-256 of every file, step, process
 
 The manifest is written after all other files have reached the bucket. A checkpoint is complete if
 its manifest is there and every file has the size that the manifest names.
+
+Only a real folder whose name is that of a step is a checkpoint: not checkpoint-backup-40, which is
+somebody's copy, and not a symbolic link, which leads to what another run may own.
 """
 
 import hashlib
 import json
 import re
-import shutil
+import stat
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-
-from finetune.errors import UserError
+from accelerate.utils import gather_object
 
 MANIFEST = "manifest.json"
+# Of the manifest. It changes when an older version could no longer read it, or would misread it.
+# Manifests of format 1 that were written before there were others do not name it.
+FORMAT = 1
+NO_MANIFEST = f"it has no {MANIFEST}: its saving, or its upload, did not come to an end"
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)", re.ASCII)
 # The rank in the names that torch DCP, Trainer and DeepSpeed give to the files of one rank.
 WRITERS_RANK = re.compile(r"(?:^__|^rng_state_|_pp_rank_)(\d+)")
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer step in the name of a checkpoint's folder."""
-    return int(folder.name.split("-")[-1])
+    """The optimizer step in the name of a checkpoint. Raises ValueError if it holds none."""
+    match = NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder.name} is not the name of a checkpoint, such as checkpoint-40")
+    return int(match[1])
 
 
-def checkpoints(run_dir: str | Path) -> list[Path]:
-    """Every checkpoint folder, complete or not, the highest step first.
+def named_checkpoints(run_dir: str | Path) -> list[Path]:
+    """Whatever has the name of a checkpoint, also links and files, the highest step first.
 
     Sorted by step and not by time: the clocks of two machines may disagree.
     """
-    folders = Path(run_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    numbered = [folder for folder in folders if folder.name.split("-")[-1].isdecimal()]
-    return sorted(numbered, key=step_of, reverse=True)
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def checkpoints(run_dir: str | Path) -> list[Path]:
+    """Every checkpoint, complete or not, the highest step first."""
+    return [path for path in named_checkpoints(run_dir) if is_real_folder(path)]
+
+
+def is_real_folder(path: Path) -> bool:
+    """Whether this is a folder, and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def complete_checkpoints(
@@ -94,8 +111,8 @@ def sha256(file: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
-    """Write the manifest, with the step and a hash of itself added, and return its path."""
-    manifest = manifest | {"step": step_of(folder)}
+    """Write the manifest, with format, step and a hash of itself added, and return its path."""
+    manifest = manifest | {"format": FORMAT, "step": step_of(folder)}
     path = folder / MANIFEST
     # Not written to another name and renamed: on a mounted bucket a rename copies the file. A
     # manifest that was cut off is found by its own hash instead.
@@ -111,12 +128,48 @@ def sha256_of(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, without the hash of itself.
 
-    Raises OSError if it cannot be read, ValueError if it is not as it was written.
+    Raises OSError if it cannot be read, ValueError, saying why, if it is not as it was written or
+    not of this folder.
     """
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if not isinstance(manifest, dict) or manifest.pop("sha256", None) != sha256_of(manifest):
-        raise ValueError(f"{folder / MANIFEST} is not what was written")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError("its manifest.json is torn, or not what was written") from error
+    if not isinstance(manifest, dict):
+        raise ValueError(f"its {MANIFEST} is not what was written")
+    version = manifest.get("format", FORMAT)
+    if version != FORMAT:
+        raise ValueError(
+            f"its {MANIFEST} is of format {version!r}, and this version of the code reads "
+            f"format {FORMAT}"
+        )
+    if "sha256" not in manifest and "files" in manifest:
+        raise ValueError(
+            f"its {MANIFEST} has no hash of itself: it is of a version too old to be read"
+        )
+    if manifest.pop("sha256", None) != sha256_of(manifest):
+        raise ValueError("its manifest.json is torn, or not what was written")
+    check_entries(manifest, folder)
     return manifest
+
+
+def check_entries(manifest: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the manifest lacks what is needed to compare the folder with it."""
+    if manifest.get("step") != step_of(folder):
+        raise ValueError(
+            f"its {MANIFEST} is of step {manifest.get('step')!r}: was the folder renamed or copied?"
+        )
+    if not isinstance(manifest.get("fingerprint", {}), dict):
+        raise ValueError(f"the fingerprint in its {MANIFEST} is no object")
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"its {MANIFEST} does not list its files")
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"its {MANIFEST} lists {name!r}, which is not in the checkpoint")
+        if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
+            raise ValueError(f"its {MANIFEST} does not say what {name!r} was when it was written")
 
 
 def check_complete(folder: Path) -> str | None:
@@ -124,19 +177,26 @@ def check_complete(folder: Path) -> str | None:
 
     Only sizes are compared; check_hashes reads the contents.
     """
+    if not is_real_folder(folder):
+        return "it is not a folder"
     try:
         manifest = read_manifest(folder)
-    except OSError:
-        return "it has no manifest.json: its saving, or its upload, did not come to an end"
-    except ValueError:
-        return "its manifest.json is torn, or not what was written"
+    except FileNotFoundError:
+        is_link = (folder / MANIFEST).is_symlink()
+        return f"its {MANIFEST} is a link that leads nowhere" if is_link else NO_MANIFEST
+    except OSError as error:
+        return f"its {MANIFEST} cannot be read ({error.strerror})"
+    except ValueError as error:
+        return str(error)
     for name, entry in manifest["files"].items():
         try:
-            size = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError:
             return f"{name} is missing"
-        if size != entry["size"]:
-            return f"{name} has {size} bytes, not {entry['size']}"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is not a file"
+        if found.st_size != entry["size"]:
+            return f"{name} has {found.st_size} bytes, not {entry['size']}"
     return None
 
 
@@ -148,55 +208,15 @@ def check_hashes(folder: Path) -> str | None:
     state = PartialState()
     entries = sorted(read_manifest(folder)["files"].items())
     share = entries[state.process_index :: state.num_processes]
-    damaged = [name for name, entry in share if sha256(folder / name) != entry["sha256"]]
-    everyones = gather_object(damaged)
-    return f"{everyones[0]} is not what was written (SHA-256 differs)" if everyones else None
+    problems = [hash_problem(folder / name, name, entry["sha256"]) for name, entry in share]
+    everyones = [problem for problem in gather_object(problems) if problem is not None]
+    return everyones[0] if everyones else None
 
 
-def resume_from(flag: str | None, run_dir: str) -> str | None:
-    """The checkpoint that --resume_from_checkpoint asks for: a path, or `true` for the newest
-    complete one in run_dir whose hashes are right. None: start from step 0.
-
-    Called by all processes. Raises UserError if a path is given that cannot be resumed from.
-    """
-    if flag is None or flag.lower() == "false":
-        return None
-    if flag.lower() != "true":
-        problem = check_complete(Path(flag)) or check_hashes(Path(flag))
-        if problem is not None:
-            raise UserError(f"--resume_from_checkpoint {flag}: {problem}")
-        return flag
-    state = PartialState()
-    candidates = complete_checkpoints(run_dir, on_skip=print_skipped)
-    while True:
-        # Only the first process looks: nodes may see a bucket's files at different times, and all
-        # must resume from the same checkpoint.
-        found = next(candidates, None) if state.is_main_process else None
-        (checkpoint,) = broadcast_object_list([found])
-        damage = check_hashes(checkpoint) if checkpoint else None
-        if damage is None:
-            return str(checkpoint) if checkpoint else None
-        if state.is_main_process:
-            print_skipped(checkpoint, damage)
-
-
-def prune(newest: Path, *, keep: int | None) -> None:
-    """Delete checkpoints older than `newest`, which is complete and in the bucket, except the
-    `keep` newest complete ones (`newest` included). None keeps all; at least one is kept.
-
-    Checkpoints of later steps are left alone and not counted: they come from a launch that went
-    further, or are damaged, and this launch will write those steps again.
-    """
-    if keep is None:
-        return
-    complete = [
-        folder
-        for folder in complete_checkpoints(newest.parent)
-        if step_of(folder) <= step_of(newest)
-    ]
-    kept = {newest, *complete[: max(keep, 1)]}
-    for folder in checkpoints(newest.parent):
-        if step_of(folder) <= step_of(newest) and folder not in kept:
-            # The manifest first: if the deletion is interrupted, what is left is not complete.
-            (folder / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+def hash_problem(file: Path, name: str, expected: str) -> str | None:
+    """Why the file is not what was written, or None."""
+    try:
+        is_same = sha256(file) == expected
+    except OSError as error:  # not raised: the other processes wait for this one's answer
+        return f"{name} cannot be read ({error.strerror})"
+    return None if is_same else f"{name} is not what was written (SHA-256 differs)"

@@ -32,9 +32,9 @@ from finetune.checkpoint.manifest import (
     files_of_rank,
     manifest_entries,
     newest_checkpoint,
-    prune,
     write_manifest,
 )
+from finetune.checkpoint.ownership import check_not_in_the_way, prune
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
 
@@ -95,7 +95,8 @@ class Saver(TrainerCallback):
     """Decides together with the other ranks when to save, and sees each save through to its end.
 
     Public state: `preempted` (SIGTERM reached a rank) and `noticed_at` (when, by the clock);
-    `stall_seconds` (how long training has waited for saves so far); `is_waiting` (finish() runs).
+    `complete_step` (of the newest checkpoint that this launch has completed); `stall_seconds` (how
+    long training has waited for saves so far); `is_waiting` (finish() runs).
 
     await_upload, clock (seconds) and free_bytes are parameters so that tests can replace them.
     """
@@ -117,9 +118,11 @@ class Saver(TrainerCallback):
         self.every_seconds = every_minutes * 60
         self.keep = keep
         self.manifest = manifest
+        self.fingerprint: dict[str, Any] = manifest.get("fingerprint", {})
         self.await_upload, self.clock, self.free_bytes = await_upload, clock, free_bytes
 
         self.preempted, self.noticed_at = False, 0.0
+        self.complete_step: int | None = None
         self.stall_seconds = 0.0
         self.is_waiting = False
 
@@ -226,7 +229,7 @@ class Saver(TrainerCallback):
         # The save before this one must have ended: the stager's buffers are about to be filled
         # again, and while they are still being written that would corrupt its files.
         self.finish()
-        self.check_mount()
+        self.raise_together(self.mount_problem())
         self.folder = self.remove_remains(step)
         self.report_failure(self.write_small_files(self.folder, write))
         written = self.start_dcp(self.folder, state_dict)
@@ -235,19 +238,26 @@ class Saver(TrainerCallback):
         self.last_step, self.last_saved = step, self.clock()
         self.stall_seconds += self.last_saved - started
 
-    def check_mount(self) -> None:
-        """Raise UserError on all ranks if one of them no longer sees the bucket."""
-        problems = self.gather(self.mount_problem())
-        for problem in problems:
-            if problem is not None:
-                raise UserError(problem)
+    def raise_together(self, problem: str | None) -> None:
+        """Raise UserError on all ranks if one of them has a problem."""
+        for found in self.gather(problem):
+            if found is not None:
+                raise UserError(found)
 
     def remove_remains(self, step: int) -> Path:
-        """The folder of this step's checkpoint, without what an earlier launch has left in it."""
+        """The folder of this step's checkpoint, without what an earlier launch has left in it.
+
+        Raises UserError on all ranks if it holds what is not this run's.
+        """
         folder = self.run_dir / f"checkpoint-{step}"
+        problem = None
         if PartialState().is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.barrier()  # no rank writes before rank 0 has deleted
+            try:
+                check_not_in_the_way(folder, self.fingerprint)
+                shutil.rmtree(folder, ignore_errors=True)
+            except UserError as error:
+                problem = str(error)
+        self.raise_together(problem)  # and no rank writes before rank 0 has deleted
         return folder
 
     def write_small_files(self, folder: Path, write: Callable[[Path], None]) -> Exception | None:
@@ -292,6 +302,7 @@ class Saver(TrainerCallback):
                 self.start_commit()
                 self.phase = Phase.COMMITTING
             case Phase.COMMITTING:
+                self.complete_step = self.last_step
                 self.folder = self.job = None
                 self.phase = Phase.IDLE
 
@@ -321,7 +332,7 @@ class Saver(TrainerCallback):
         self.await_upload([write_manifest(folder, manifest)])
         # Only now: until the manifest is in the bucket, the checkpoint before is the newest one
         # that a new node would find.
-        prune(folder, keep=self.keep)
+        prune(folder, keep=self.keep, fingerprint=self.fingerprint)
 
     def finish(self) -> None:
         """Return when the save under way, if there is one, is complete and in the bucket.

@@ -7,6 +7,7 @@ rows that it owns.
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -206,10 +207,18 @@ def shard_and_fill(accelerator: Accelerator, model: torch.nn.Module, source: Wei
         if "lora_" in name:
             values = initial_adapter(name, parameter.shape, generator)[start:stop]
         else:
-            stored = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            stored = stored_name(name)
             values = source.dense(stored, start=start, stop=stop, device=accelerator.device)
         parameter.to_local().detach().copy_(values)
     restore_buffers(model, accelerator.device)
+
+
+def stored_name(name: str) -> str:
+    """The name in the base's files of a parameter that may have been wrapped by PEFT: adapted by
+    LoRA, or copied for --lora_modules_to_save (the copy begins as the original).
+    """
+    name = re.sub(r"\.(original_module|modules_to_save\.\w+)\b", "", name)
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
 def local_rows(parameter: DTensor) -> tuple[int, int]:

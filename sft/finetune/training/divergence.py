@@ -43,6 +43,7 @@ def is_bad(value: torch.Tensor | float) -> bool:
     """Whether a number, or a tensor's shard on this rank, holds a NaN or an infinity."""
     if isinstance(value, DTensor):
         value = value.to_local()
+    value = getattr(value, "ds_tensor", value)  # under ZeRO-3 the parameter itself is empty
     return not bool(torch.as_tensor(value).isfinite().all())
 
 

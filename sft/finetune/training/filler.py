@@ -8,6 +8,7 @@ part in all collectives, its loss and its gradients are exactly zero.
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch.utils.data import BatchSampler
@@ -72,3 +73,20 @@ def fill_batches(loader: Any) -> None:
             num_processes=shard.num_processes,
             filler=len(loader.dataset),
         )
+
+
+def num_real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """How many tokens of a batch are neither padding nor a filler's: a tensor of one number.
+
+    A filler is what has no token in the loss: such conversations are left out of the data. In a
+    batch without attention_mask, (1, T), conversations follow each other, and the position_ids
+    begin again with each.
+    """
+    in_loss = batch["labels"] != -100
+    if "attention_mask" in batch:
+        return (batch["attention_mask"].bool() & in_loss.any(dim=1, keepdim=True)).sum()
+    conversation = (batch["position_ids"] == 0).flatten().cumsum(dim=0)  # its number, from 1
+    num_in_loss = torch.zeros_like(conversation).scatter_add_(
+        0, (conversation - 1).clamp(min=0), in_loss.flatten().to(conversation.dtype)
+    )
+    return (num_in_loss[(conversation - 1).clamp(min=0)] > 0).sum()

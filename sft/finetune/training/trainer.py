@@ -26,10 +26,11 @@ from finetune.checkpoint.contents import (
 )
 from finetune.checkpoint.fingerprint import TRAINING_RULES
 from finetune.checkpoint.saver import EvaluationAbandoned, Saver
+from finetune.model.lora import upcast_trained_copies
 from finetune.model.weights import BaseWeights, shard_and_fill
 from finetune.preemption import EXIT_STATUS, OutliveNotice
 from finetune.training.divergence import LossWatch, check_step, check_tensors
-from finetune.training.filler import FilledDataset, fill_batches
+from finetune.training.filler import FilledDataset, fill_batches, num_real_tokens
 from finetune.training.schedule import warm_up_from_first_increment
 from finetune.training.weight_decay import decayed
 
@@ -62,8 +63,10 @@ class ResumableSFTTrainer(SFTTrainer):
         self.saver = saver
         self.weights = weights
         self.loss_watch = LossWatch()
-        self.eval_sums: torch.Tensor | None = None  # loss and tokens of this rank's evaluation
+        self.eval_batches: list[torch.Tensor] = []  # of an evaluation: loss and tokens, (2,) each
         self.add_callback(saver)
+        if training_rules >= 2:
+            upcast_trained_copies(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer; before that, shard a model on the meta device and fill it.
@@ -125,27 +128,38 @@ class ResumableSFTTrainer(SFTTrainer):
         problem = self.loss_watch.problem(grad_norm)
         check_step(self.state.global_step + 1, problem, self.model, gather=self.saver.gather)
 
+    def _track_num_input_tokens(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Trainer's count of tokens for the rates, without padding and without fillers."""
+        num_tokens = num_real_tokens(inputs).to(self.args.device)
+        self.state.num_input_tokens_seen += int(self.accelerator.gather(num_tokens).sum())
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, with the sum of the losses and the count of the tokens they are of."""
         result = super().prediction_step(model, inputs, *args, **kwargs)
-        if self.eval_sums is not None:
-            num_tokens = (inputs["labels"][:, 1:] != -100).sum().to(self.eval_sums)
-            loss = result[0].detach().to(self.eval_sums)
-            self.eval_sums += torch.stack([loss * num_tokens, num_tokens])
+        num_tokens = (inputs["labels"][:, 1:] != -100).sum().double().cpu()
+        loss = result[0].detach().double().cpu()
+        self.eval_batches.append(torch.stack([loss * num_tokens, num_tokens]))
         return result
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's, with the loss per token. Its own is a mean over batches, which changes with
-        the batch size and with packing. Raises UserError on all ranks if it is not finite.
+        """Trainer's, with loss, token accuracy and entropy per token. Its own and TRL's are means
+        over batches, which change with the batch size and with packing. Raises UserError on all
+        ranks if the loss is not finite.
         """
-        self.eval_sums = torch.zeros(2, dtype=torch.float64)
+        self.eval_batches = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, num_tokens = torch.stack(self.saver.gather(self.eval_sums)).sum(dim=0).tolist()
-        self.eval_sums = None
-        loss = total / max(num_tokens, 1)
+        # (ranks, batches, 2) to (batches, 2): each rank has equally many batches.
+        batches = torch.stack(self.saver.gather(torch.stack(self.eval_batches))).sum(dim=0)
+        losses, num_tokens = batches.unbind(dim=1)
+        total = num_tokens.sum().clamp(min=1)
+        loss = float(losses.sum() / total)
         what = f"the losses of the evaluation after step {self.state.global_step}"
         check_tensors({"eval_loss": torch.tensor(loss)}, what, gather=self.saver.gather)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
+        # TRL has one number for each batch of all ranks, and logs their mean after this.
+        for name in ("mean_token_accuracy", "entropy"):
+            means = torch.tensor(self._metrics["eval"][name], dtype=torch.float64)
+            self._metrics["eval"][name] = [float((means * num_tokens).sum() / total)]
         return output
 
     def state_to_save(self) -> dict[str, Any]:
@@ -162,6 +176,8 @@ class ResumableSFTTrainer(SFTTrainer):
         step = self.state.global_step
         if self.is_deepspeed_enabled:
             stock = super()._save_checkpoint
+            weights = dict(self.model.named_parameters())
+            check_tensors(weights, f"weights after step {step}", gather=self.saver.gather)
             self.saver.save(step, None, lambda folder: stock(model, trial))
             return
         self.store_flos()  # Trainer does so first as well: it puts total_flos into the state
