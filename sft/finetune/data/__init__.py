@@ -9,7 +9,12 @@ sources                       what --dataset_name lists, and the rows of hub dat
 files, formats                the files of a folder or URL, and the rows of a file
 json_rows, arrow_types        the rows of JSON, and of Parquet and Arrow by their types
 compression                   packed files, a piece at a time
-conversations, checks         rows of any known shape turned into one shape, and checked
+conversations.read_row        a row of any known shape turned into one shape, and checked
+shapes                        which columns make which shape, and the messages in them
+messages, markup              a message of any known form; thinking and calls spelt out in text
+tools, calls                  functions, their calls, and which call a result answers
+turns                         who speaks after whom
+values                        null, blank, JSON in text and text as JSON
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
 harmony_parser.ChannelReader  tokens read back: their channels, and whether a turn is valid
 tool_schema.tools_section     tools as the TypeScript that gpt-oss reads

@@ -5,30 +5,27 @@ That shape is {"messages": [...], "tools": [...], "reasoning_effort": ...}. A me
 `in_loss` false is not trained on. A row of plain text becomes {"text": ...}.
 """
 
-import json
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from finetune.data.checks import (
-    INSTRUCTION_ROLES,
+from finetune.data.findings import Findings
+from finetune.data.markup import TEMPLATES
+from finetune.data.messages import MEDIA_KEYS, read_message, read_row_tools
+from finetune.data.shapes import COMMON, SHAPES, Place, shape_of
+from finetune.data.turns import INSTRUCTION_ROLES, join_turns
+from finetune.data.values import (
     Row,
-    conversation_problems,
-    document_problems,
-    function_of,
-    list_or_empty,
-    text_of,
-    thinking_of,
+    is_absent,
+    is_from_table,
+    is_unicode,
+    parse_json,
+    type_in_words,
+    value_of,
 )
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
+__all__ = ["SHAPES", "BadRow", "read_row", "shape_of", "to_conversation"]
+
+INSTRUCTION_COLUMNS = ("system", "system_prompt", "systemInstruction")
+EFFORTS = ("low", "medium", "high")
 
 
 class BadRow(ValueError):
@@ -37,225 +34,105 @@ class BadRow(ValueError):
 
 def to_conversation(row: Row) -> Row:
     """The conversation in a row of any known shape. Raises BadRow with all of its problems."""
+    conversation, _ = read_row(row)
+    return conversation
+
+
+def read_row(row: Row) -> tuple[Row, Findings]:
+    """The conversation in a row, and what a user should know of how it was read. Raises BadRow."""
+    findings = Findings()
+    try:
+        conversation = read_conversation(row, findings)
+    except RecursionError:
+        raise BadRow("it is nested too deep") from None
+    if findings.problems:
+        raise BadRow(*findings.problems)
+    return conversation, findings
+
+
+def read_conversation(row: Row, findings: Findings) -> Row:
     shape = shape_of(row)
     if shape is None:
-        raise BadRow(f"the columns {', '.join(row) or '(none)'} are of no known shape")
-    conversation = SHAPES[shape].convert(row)
-    if "text" in conversation:
-        problems = list(document_problems(conversation["text"]))
-    else:
-        problems = list(conversation_problems(conversation))
-    if problems:
-        raise BadRow(*problems)
-    return conversation if "text" in conversation else normalize(conversation)
+        raise BadRow(f"the columns {', '.join(map(str, row)) or '(none)'} are of no known shape")
+    known = SHAPES[shape].columns | SHAPES[shape].others | COMMON
+    if not row.keys() <= known:
+        for key in row.keys() - known:
+            if key in MEDIA_KEYS and not is_absent(row[key]) and row[key] != []:
+                findings.problems.append(f"`{key}`: gpt-oss reads text only")
+            elif not is_absent(row[key]):
+                findings.unread.add(str(key))
+    if shape == "plain text":
+        return read_document(row, findings)
+    messages = SHAPES[shape].read(row)
+    if not messages or not all(isinstance(place.message, dict) for place in messages):
+        raise BadRow(
+            *findings.problems, "the messages are not a list of objects with `role` and `content`"
+        )
+    tools = read_row_tools(row, findings)
+    schemas = {tool["name"]: tool["parameters"] for tool in tools}
+    from_table = is_from_table([place.message for place in messages])
+    turns: list[Row] = []
+    for place in messages:
+        turns += read_message(place, schemas, findings, is_from_table=from_table)
+    turns = with_row_instructions(row, turns, findings)
+    effort = read_effort(row, findings)
+    joined = join_turns(turns, findings)
+    return {"messages": joined, "tools": tools, "reasoning_effort": effort}
 
 
-def shape_of(row: Row) -> str | None:
-    """The name in SHAPES of the first shape whose columns the row has.
-
-    A column that is null counts as missing: tables give each row the columns of all others.
-    """
-    columns = {name for name, value in row.items() if value is not None}
-    return next((name for name, shape in SHAPES.items() if shape.columns <= columns), None)
-
-
-# The functions below turn a row of one shape into `messages`, `tools` and `reasoning_effort`. They
-# check nothing. They give each message, under `where`, its place in the row for the checks to name.
-
-
-def from_messages(row: Row) -> Row:
-    return with_tools_and_effort(row, with_places(parse_json_column(row["messages"]), "messages"))
-
-
-def from_sharegpt(row: Row) -> Row:
-    turns = parse_json_column(row["conversations"])
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return with_tools_and_effort(row, with_places(turns, "conversations"))
-    messages = []
-    for turn in turns:
-        role = turn.get("from", turn.get("role"))
-        value = turn.get("value", turn.get("content"))
-        message = {**turn, "role": SHAREGPT_ROLES.get(str(role), role), "content": value}
-        if role == "function_call":
-            calls = parse_json_column(value)
-            message["content"] = None
-            message["tool_calls"] = calls if isinstance(calls, list) else [calls]
-        messages.append(message)
-    return with_tools_and_effort(row, with_places(messages, "conversations"))
+def with_row_instructions(row: Row, turns: list[Row], findings: Findings) -> list[Row]:
+    """The turns behind the instructions of a column, unless the messages have their own."""
+    column = next((name for name in INSTRUCTION_COLUMNS if value_of(row, name)), None)
+    if column is None:
+        return turns
+    if any(turn["role"] in INSTRUCTION_ROLES for turn in turns):
+        findings.notes.append(f"column `{column}` not used, since the messages have their own")
+        return turns
+    value = row[column]
+    if isinstance(value, dict) and "parts" in value:
+        value = value["parts"]
+    role = "developer" if "instruction" in row else "system"
+    place = Place({"role": role, "content": value}, column)
+    return read_message(place, {}, findings, is_from_table=False) + turns
 
 
-def from_prompt_completion(row: Row) -> Row:
-    """Prompt and completion may each be text or messages. The prompt is never in the loss."""
-    prompt, completion = parse_json_column(row["prompt"]), parse_json_column(row["completion"])
-    if not isinstance(prompt, list):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(completion, list):
-        completion = [{"role": "assistant", "content": completion}]
-    prompt = [{**m, "weight": 0} if isinstance(m, dict) else m for m in prompt]
-    messages = with_places(prompt, "prompt") + with_places(completion, "completion")
-    return with_tools_and_effort(row, messages)
-
-
-def from_instruction(row: Row) -> Row:
-    """Alpaca's columns. The user's message is the instruction, then the input if there is one."""
-    question, more = row["instruction"], row.get("input")
-    if isinstance(question, str) and isinstance(more, str) and more:
-        question = f"{question}\n\n{more}"
-    messages = single_exchange(
-        row, instructions="system", question=("instruction", question), answer="output"
+def read_effort(row: Row, findings: Findings) -> str | None:
+    """The row's own reasoning effort, from its column or from the chat template's arguments."""
+    arguments = parse_json(row.get("chat_template_kwargs"))
+    arguments = arguments if isinstance(arguments, dict) else {}
+    findings.unread.update(
+        f"chat_template_kwargs.{key}"
+        for key, value in arguments.items()
+        if key != "reasoning_effort" and value is not None
     )
-    return with_tools_and_effort(row, messages)
+    effort: Any = value_of(row, "reasoning_effort") or value_of(arguments, "reasoning_effort")
+    if isinstance(effort, str) and effort.lower() in EFFORTS:
+        return effort.lower()
+    if effort is not None:
+        findings.problems.append(
+            f"`reasoning_effort` is {effort!r}, not one of {', '.join(EFFORTS)}"
+        )
+    return None
 
 
-def from_channels(row: Row) -> Row:
-    """The columns of HuggingFaceH4/Multilingual-Thinking, for rows without its `messages`."""
-    developer = row.get("developer")
-    if row.get("reasoning_language"):
-        language = f"reasoning language: {row['reasoning_language']}"
-        developer = f"{language}\n\n{developer}" if developer else language
-    row = {**row, "developer": developer}
-    messages = single_exchange(
-        row, instructions="developer", question=("user", row["user"]), answer="final"
-    )
-    return with_tools_and_effort(row, messages)
-
-
-def from_text(row: Row) -> Row:
-    return {"text": row["text"]}
-
-
-class Shape(NamedTuple):
-    """A known shape of row: the columns it needs, and the function that converts it."""
-
-    columns: set[str]
-    convert: Callable[[Row], Row]
-
-
-# The first match counts, so the richer shapes come first: `messages` may stand beside `text`.
-SHAPES = {
-    "messages": Shape({"messages"}, from_messages),
-    "ShareGPT conversations": Shape({"conversations"}, from_sharegpt),
-    "prompt and completion": Shape({"prompt", "completion"}, from_prompt_completion),
-    "Alpaca instructions": Shape({"instruction", "output"}, from_instruction),
-    "user, analysis and final": Shape({"user", "final"}, from_channels),
-    "plain text": Shape({"text"}, from_text),
-}
-
-
-def single_exchange(
-    row: Row, *, instructions: str, question: tuple[str, Any], answer: str
-) -> list[Any]:
-    """The messages of a row that holds one question and one answer in columns of their own.
-
-    instructions, answer: names of columns. question: the name of the column and the text to use.
-    """
-    column, text = question
-    messages = [
-        {"role": "user", "content": text, "where": column},
-        {
-            "role": "assistant",
-            "content": row[answer],
-            "thinking": row.get("analysis") or thinking_of(row),
-            "where": answer,
-        },
-    ]
-    if row.get(instructions):
-        developer = {"role": "developer", "content": row[instructions], "where": instructions}
-        return [developer, *messages]
-    return messages
-
-
-def with_tools_and_effort(row: Row, messages: list[Any]) -> Row:
-    """The messages with the row's `tools` and `reasoning_effort`.
-
-    A `system` column is put before messages that contain no instructions of their own.
-    """
-    roles = [message.get("role") for message in messages if isinstance(message, dict)]
-    has_instructions = any(role in INSTRUCTION_ROLES for role in roles)
-    system = row.get("system")
-    if isinstance(system, str) and system and not has_instructions:
-        messages = [{"role": "system", "content": system, "where": "system"}, *messages]
-    effort = row.get("reasoning_effort")
-    return {
-        "messages": messages,
-        "tools": parse_json_column(row.get("tools")),
-        "reasoning_effort": effort,
-    }
-
-
-def with_places(messages: Any, field: str) -> list[Any]:
-    """The messages, each with its place in the row under `where`, for example "messages[2]".
-
-    A value that is not a list is returned as the only message, for the checks to complain about.
-    """
-    if not isinstance(messages, list):
-        return [messages]
-    return [
-        {**message, "where": f"{field}[{number}]"} if isinstance(message, dict) else message
-        for number, message in enumerate(messages)
-    ]
-
-
-def parse_json_column(value: Any) -> Any:
-    """The value that a string of JSON holds. Many datasets keep lists as JSON in a text column.
-
-    Any other value is returned as it is.
-    """
-    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
-    return value
-
-
-def normalize(conversation: Row) -> Row:
-    """A conversation without problems in the spelling that harmony.py reads."""
-    messages: list[Row] = []
-    name_of_id: dict[Any, str] = {}  # the function that each call so far was of
-    unanswered: list[str] = []  # the functions of the latest calls, without those answered
-    for message in conversation["messages"]:
-        turn: Row = {"role": message["role"], "content": text_of(message.get("content")) or ""}
-        if message["role"] == "assistant":
-            calls = list_or_empty(message.get("tool_calls"))
-            turn["thinking"] = thinking_of(message)
-            turn["tool_calls"] = [normalize_call(call) for call in calls]
-            unanswered = [call["name"] for call in turn["tool_calls"]]
-            for call, name in zip(calls, unanswered, strict=True):
-                name_of_id[call.get("id")] = name
-        elif message["role"] == "tool":
-            next_in_order = unanswered.pop(0)
-            turn["name"] = answered_function(message, name_of_id, next_in_order)
-        if message.get("weight") == 0:
-            turn["in_loss"] = False
-        messages.append(turn)
-    tools = [normalize_tool(tool) for tool in conversation["tools"] or []]
-    return {**conversation, "messages": messages, "tools": tools}
-
-
-def answered_function(message: Row, name_of_id: dict[Any, str], next_in_order: str) -> str:
-    """The name of the function whose result a tool message holds.
-
-    The call's id decides; without one the message's own `name`; without that the order of calls.
-    """
-    call_id = message.get("tool_call_id")
-    if call_id and call_id in name_of_id:
-        return name_of_id[call_id]
-    return (message.get("name") or next_in_order).removeprefix("functions.")
-
-
-def normalize_call(call: Row) -> Row:
-    function = function_of(call)
-    arguments = function.get("arguments")
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments or {}, ensure_ascii=False)
-    return {"name": function["name"].removeprefix("functions."), "arguments": arguments}
-
-
-def normalize_tool(tool: Row) -> Row:
-    function = function_of(tool)
-    return {
-        "name": function["name"],
-        "description": function.get("description") or "",
-        "parameters": function.get("parameters"),
-    }
+def read_document(row: Row, findings: Findings) -> Row:
+    """A row of plain text."""
+    text = row["text"]
+    if "role" in row or "parent_id" in row:
+        findings.problems.append(
+            "it is one message of a conversation (`text` with `role` or `parent_id`): "
+            "make each conversation one row of `messages`"
+        )
+    elif not isinstance(text, str):
+        findings.problems.append(f"`text` is {type_in_words(text)}, not text")
+    elif is_absent(text):
+        findings.problems.append("`text` is empty")
+    elif text.lstrip().startswith("<|start|>"):
+        # Its control tokens would be encoded as text, and the model would learn to spell them out.
+        findings.problems.append("`text` is rendered already: give the `messages` it was made from")
+    elif not is_unicode(text):
+        findings.problems.append("`text` has half a surrogate pair: not valid Unicode")
+    elif text.lstrip().startswith(TEMPLATES):
+        tag = next(tag for tag in TEMPLATES if text.lstrip().startswith(tag))
+        findings.warnings.append(f"`text` begins with another model's `{tag}`: left as it stands")
+    return {"text": text}

@@ -142,7 +142,7 @@ def assistant_messages(turn: dict[str, Any]) -> list[Message]:
     if turn.get("thinking"):
         messages.append(Message("assistant", turn["thinking"], "analysis", in_loss=in_loss))
     if turn.get("content"):
-        channel = "commentary" if calls else "final"
+        channel = turn.get("channel") or ("commentary" if calls else "final")
         messages.append(Message("assistant", turn["content"], channel, in_loss=in_loss))
     for call in calls:
         recipient, arguments = f"functions.{call['name']}", call["arguments"]

@@ -1,0 +1,85 @@
+"""Calls of functions, from the forms in which datasets keep them, and their results."""
+
+import json
+from typing import Any
+
+from finetune.data.findings import Findings
+from finetune.data.tools import function_of, without_added_nulls
+from finetune.data.values import Row, is_absent, is_unicode, json_text, type_in_words, value_of
+
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+CALL_KEYS = {"id", "call_id", "type", "function", "index", "name", *ARGUMENTS}
+CALL_TYPES = ("function", "tool_use", "function_call", "tool_call")
+
+
+def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings) -> Row:
+    """`name`, `arguments` as JSON text, and `id`, or None if the call has none.
+
+    schemas: the parameters of each function of the row.
+    """
+    function = function_of(call)
+    name = function.get("name")
+    if not isinstance(name, str) or is_absent(name):
+        findings.problems.append(f"{where} has no function `name`")
+        return {"name": "", "arguments": "{}", "id": None}
+    name = name.removeprefix("functions.")
+    call_id = value_of(call, "id", "call_id")
+    if isinstance(call_id, list | dict):
+        findings.problems.append(f"{where} has {type_in_words(call_id)} as `id`, not text")
+        call_id = None
+    findings.unread.update(
+        f"tool_calls[].{key}" for key in call.keys() - CALL_KEYS if call[key] is not None
+    )
+    arguments = value_of(function, *ARGUMENTS)
+    if isinstance(arguments, dict):
+        arguments = without_added_nulls(arguments, schemas.get(name))
+    text = arguments_text(arguments, where, findings)
+    if not is_unicode(name + text):
+        findings.problems.append(f"{where} has half a surrogate pair: not valid Unicode")
+    return {"name": name, "arguments": text, "id": call_id}
+
+
+def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
+    """The JSON of a call's arguments. Text that is JSON already stays as it is."""
+    if arguments is None:
+        return "{}"
+    try:
+        if isinstance(arguments, dict | list):
+            return json_text(arguments)
+        if isinstance(arguments, str):
+            value = json.loads(arguments)
+            if isinstance(value, dict | list):
+                return arguments
+            if isinstance(value, str) and isinstance(json.loads(value), dict):
+                return value  # JSON that was written as JSON once more
+    except ValueError:
+        pass
+    except RecursionError:
+        findings.problems.append(f"{where} has `arguments` that are nested too deep")
+        return "{}"
+    if isinstance(arguments, str):
+        findings.problems.append(f"{where} has `arguments` that are not JSON: {arguments[:40]!r}")
+    else:
+        findings.problems.append(f"{where} has `arguments` that are neither object nor text")
+    return "{}"
+
+
+def take_answered(result: Row, unanswered: list[Row]) -> str:
+    """The name of the function whose result this is. The call is taken out of `unanswered`.
+
+    result: `id` and `name`, each None if it has none. The id decides. Where calls repeat an id, or
+    there is none, the result's own name decides, and then the order of the calls.
+    """
+    own_name = result["name"]
+    same_id = [call for call in unanswered if result["id"] is not None]
+    same_id = [call for call in same_id if str(call["id"]) == str(result["id"])]
+    if len(same_id) == 1:
+        name = str(same_id[0]["name"])
+        call = same_id[0]
+    else:
+        calls = same_id or unanswered
+        named = [call for call in calls if call["name"] == own_name]
+        call = (named or calls)[0]
+        name = str(own_name or call["name"])
+    unanswered[:] = [other for other in unanswered if other is not call]
+    return name

@@ -1,0 +1,176 @@
+"""Other formats' markup inside the text of an assistant: thinking and calls that are spelt out.
+
+Trained as it stands, it would teach the model to write the tags of another model as its answer.
+What is unambiguous is read as what it means: a list of (kind, value), where kind is "thinking",
+"text", "preamble", "final" or "call". All else stays text, with a warning.
+"""
+
+import json
+import re
+from typing import Any, NamedTuple
+
+from finetune.data.values import is_absent
+
+
+class Part(NamedTuple):
+    """A part of what the assistant writes. value: text, or an object for a call."""
+
+    kind: str
+    value: Any
+
+
+class Unclear(ValueError):
+    """Markup that can be read in more than one way. The message says why."""
+
+
+THINKING_TAGS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("[THINK]", "[/THINK]"),
+)
+SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+CALL_TAGS = (
+    ("<tool_call>", "</tool_call>"),
+    ("<tool_calls>", "</tool_calls>"),
+    ("<function_call>", "</function_call>"),
+    ("<functioncall>", "</functioncall>"),
+    ("[TOOL_CALLS]", "[/TOOL_CALLS]"),
+)
+RESULT_TAGS = ("<tool_response>", "</tool_response>")
+# Markup that a document of plain text begins with if it was rendered for another model.
+TEMPLATES = (
+    "<|im_start|>",
+    "<s>[INST]",
+    "[INST]",
+    "<|begin_of_text|><|start_header_id|>",
+    "<|start_header_id|>",
+    "<bos><start_of_turn>",
+    "<start_of_turn>",
+    "### Human:",
+    "<|user|>",
+    "<|system|>",
+)
+HARMONY = re.compile(
+    r"(?:<\|start\|>assistant)?(?: ?to=(?P<to>[\w.-]+))?"
+    r"<\|channel\|>(?P<channel>analysis|commentary|final)(?: to=(?P<to_too>[\w.-]+))?"
+    r"(?: ?<\|constrain\|>\w+| json| code)?"
+    r"<\|message\|>(?P<text>.*?)(?:<\|end\|>|<\|return\|>|<\|call\|>|\Z)",
+    re.DOTALL,
+)
+# Most answers have none of these, and are looked at no further.
+SIGNS = ("<|", "think", "ought>", "reasoning>", "call>", "calls>", "THINK]", "[TOOL_CALLS]")
+
+
+def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
+    """The parts of a text and the markup found; None if there is none. Raises Unclear."""
+    if not any(sign in text for sign in SIGNS):
+        return None
+    if "<|channel|>" in text:
+        return read_harmony(text)
+    found: list[str] = []
+    thinking, answer = split_thinking(text, found)
+    parts = [Part("thinking", thinking)] if not is_absent(thinking) else []
+    parts += split_calls(answer, found)
+    return (parts, found) if found else None
+
+
+def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
+    """Messages of harmony, if there is nothing but them."""
+    parts, end = [], 0
+    text = text.strip()
+    if not text.startswith(("<|channel|>", "<|start|>assistant", "to=", " to=")):
+        raise Unclear("`<|channel|>` inside its text")
+    while end < len(text):
+        match = HARMONY.match(text, end)
+        if match is None:
+            raise Unclear("`<|channel|>`, but not only messages of harmony")
+        end = match.end() + len(text[match.end() :]) - len(text[match.end() :].lstrip())
+        recipient, content = match["to"] or match["to_too"], match["text"]
+        if recipient:
+            if not recipient.startswith("functions."):
+                raise Unclear(f"`<|channel|>` with the recipient {recipient}")
+            parts.append(Part("call", {"name": recipient, "arguments": content}))
+        else:
+            kinds = {"analysis": "thinking", "commentary": "preamble", "final": "final"}
+            parts.append(Part(kinds[match["channel"]], content))
+    return parts, ["`<|channel|>` read as harmony's messages"]
+
+
+def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
+    """The thinking that a text begins with, and the text behind it."""
+    body = text.lstrip()
+    for opening, closing in THINKING_TAGS:
+        if opening not in text and closing not in text:
+            continue
+        # R1's template writes the opening tag itself, so that some datasets lack it.
+        is_implied = opening == "<think>" and opening not in text
+        if not body.startswith(opening) and not is_implied:
+            if opening in ("<think>", "[THINK]"):
+                raise Unclear(f"`{opening}` behind the beginning of its text")
+            continue
+        if text.count(opening) > 1 or text.count(closing) != 1:
+            raise Unclear(f"`{opening}` and `{closing}` that do not make one pair")
+        thinking, _, answer = body.removeprefix(opening).partition(closing)
+        found.append(f"`{opening}` read as thinking")
+        answer = answer.strip() if SOLUTION_TAGS[0] in answer else answer.lstrip()
+        return thinking.strip(), answer.removeprefix(SOLUTION_TAGS[0]).removesuffix(
+            SOLUTION_TAGS[1]
+        ).strip("\n")
+    return "", text
+
+
+def split_calls(text: str, found: list[str]) -> list[Part]:
+    """The text before the calls, and the calls."""
+    for opening, closing in CALL_TAGS:
+        if opening not in text:
+            continue
+        before, *blocks = text.split(opening)
+        parts = [] if is_absent(before) else [Part("text", before.strip())]
+        for block in blocks:
+            block, _, after = block.removesuffix("<|endoftext|>").partition(closing)
+            if not is_absent(after):
+                raise Unclear(f"text behind `{closing}`")
+            parts += [Part("call", call) for call in calls_in(block, opening)]
+        found.append(f"`{opening}` read as calls")
+        return parts
+    return [] if is_absent(text) else [Part("text", text)]
+
+
+def calls_in(block: str, opening: str) -> list[Any]:
+    """The calls in a block of JSON. Raises Unclear if it holds anything else."""
+    try:
+        value = json.loads(block)
+    except (ValueError, RecursionError):
+        # Glaive writes the arguments between single quotes.
+        match = re.fullmatch(
+            r'\s*\{"name": "(?P<name>[\w.-]+)", "arguments": \'(?P<arguments>.*)\'\}\s*',
+            block,
+            re.DOTALL,
+        )
+        if match is None:
+            raise Unclear(f"`{opening}` before what is not JSON") from None
+        value = match.groupdict()
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else {}
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unclear(f"`{opening}` before what is no call")
+    return calls
+
+
+def read_results(text: str) -> list[str] | None:
+    """The tools' results in a text that holds nothing but them; None if it holds anything else."""
+    opening, closing = RESULT_TAGS
+    if not text.lstrip().startswith(opening):
+        return None
+    before, *blocks = text.split(opening)
+    results = []
+    for block in blocks:
+        result, tag, after = block.partition(closing)
+        if not tag or not is_absent(after):
+            return None
+        results.append(result.strip())
+    return results

@@ -1,0 +1,114 @@
+"""What a single value means: absent or not, text, JSON inside text, JSON instead of text."""
+
+import json
+from collections.abc import Mapping
+from datetime import date, datetime, time
+from decimal import Decimal
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def value_of(fields: Mapping[str, Any], *names: str) -> Any:
+    """The first value under one of the names that is not absent; None if all are."""
+    for name in names:
+        value = fields.get(name)
+        if value is not None and not is_absent(value):
+            return value
+    return None
+
+
+def is_absent(value: Any) -> bool:
+    """Whether a value stands for a missing one: null, blank text, or the NaN that pandas writes."""
+    if isinstance(value, str):
+        return not value or value.isspace()
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def json_text(value: Any) -> str:
+    """The one way in which a value is written as JSON. Raises ValueError if it cannot be."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=json_of_arrow_value)
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"cannot be written as JSON ({error})") from error
+
+
+def json_of_arrow_value(value: Any) -> Any:
+    """Dates and decimals, which tables have and JSON has not. Raises TypeError for other types."""
+    if isinstance(value, date | datetime | time):
+        return value.isoformat()
+    if isinstance(value, Decimal):
+        return float(value)
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
+
+
+def parse_json(value: Any) -> Any:
+    """The list or object that a text of JSON holds. Any other value is returned as it is."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def rows_of_columns(value: Any) -> Any:
+    """A list of objects, of an object of equally long lists: the form in which tables keep it.
+
+    Any other value is returned as it is.
+    """
+    if not isinstance(value, dict) or not value:
+        return value
+    lists = list(value.values())
+    if not all(isinstance(item, list) for item in lists) or len({len(x) for x in lists}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*lists, strict=True)]
+
+
+def is_from_table(messages: list[Any]) -> bool:
+    """Whether an exporter has given each message the keys of all others, as nulls."""
+    objects = [message for message in messages if isinstance(message, dict)]
+    keys = {frozenset(message) for message in objects}
+    return len(objects) > 1 and len(keys) == 1 and any(None in m.values() for m in objects)
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without its null keys, at every level."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    return value
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded. JSON can spell half a surrogate pair (`\\ud800`)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def depth_of(value: Any, *, limit: int) -> int:
+    """How deep lists and objects are nested in a value, counted up to `limit` + 1."""
+    depth, level = 0, [value]
+    while level and depth <= limit:
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner += item.values()
+            elif isinstance(item, list):
+                inner += item
+        level = inner
+        depth += bool(level)
+    return depth
+
+
+def type_in_words(value: Any) -> str:
+    """The type of a JSON value as the writer of the JSON would call it, for example "a list"."""
+    names = {dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
+    names[str] = "text"
+    if type(value) in (int, float):
+        return f"the number {value}"
+    return names.get(type(value), f"a {type(value).__name__}")
