@@ -67,7 +67,13 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, pack_dataset
 
 from finetune.arguments import Config, parse_task
-from finetune.data.dataset import count_tokens, load_conversations, render_all, tokenize
+from finetune.data.dataset import (
+    count_notes,
+    count_tokens,
+    load_conversations,
+    render_all,
+    tokenize,
+)
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.summary import printable
@@ -172,6 +178,7 @@ def dataset_summary(rows: Dataset, tokens: Dataset) -> list[tuple[str, str]]:
         ("conversations", f"{len(rows):,}"),
         ("tokens", f"{num_tokens:,}"),
         ("in the loss", f"{num_loss_tokens / num_tokens:.1%}"),
+        *((note, f"{count:,} rows") for note, count in count_notes(rows).items()),
     ]
 
 

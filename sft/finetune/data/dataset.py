@@ -1,6 +1,7 @@
 """From --dataset_name to tokens with labels. `sft/preview.py` shows the result for a dataset."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from accelerate import PartialState
-from datasets import Dataset, Features, Value, concatenate_datasets, disable_progress_bars
+from datasets import Dataset, Features, List, Value, concatenate_datasets, disable_progress_bars
 from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 
 from finetune.data.checks import EXAMPLE, Row
-from finetune.data.conversations import SHAPES, BadRow, shape_of, to_conversation
+from finetune.data.conversations import SHAPES, BadRow, read_row, shape_of
 from finetune.data.files import DataFile, find_files
 from finetune.data.formats import read_file
 from finetune.data.harmony import Encoder, Piece, document_pieces, to_messages, to_pieces
@@ -95,7 +96,14 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
     else:
         kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
     kwargs["code"] = hash_of_code()
-    features = Features({"conversation": Value("large_string"), "shape": Value("string")})
+    features = Features(
+        {
+            "conversation": Value("large_string"),
+            "shape": Value("string"),
+            "notes": List(Value("string")),
+            "warnings": List(Value("string")),
+        }
+    )
     try:
         return Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
     except DatasetGenerationError as error:
@@ -137,9 +145,13 @@ def conversations_of(
         try:
             if isinstance(row, str):
                 raise BadRow(row)
+            conversation, findings = read_row(row)
+            unread = [f"key `{key}` not read" for key in sorted(findings.unread)]
             yield {
-                "conversation": json.dumps(to_conversation(row), ensure_ascii=False),
+                "conversation": json.dumps(conversation, ensure_ascii=False),
                 "shape": shape_of(row),
+                "notes": sorted(set(findings.notes)) + unread,
+                "warnings": [f"{where}: {warning}" for warning in findings.warnings],
             }
         except BadRow as error:
             num_problems += len(error.args)
@@ -255,7 +267,10 @@ def tokenize(
         parts.append(f"{is_long.sum()} longer than max_length={max_length} {action}")
     if (is_empty & ~is_long).any():
         parts.append(f"{(is_empty & ~is_long).sum()} with no token in the loss left out")
+    parts += [f"{note}: {count} rows" for note, count in count_notes(rows).items()]
     PartialState().print("; ".join(parts))
+    for line in first_warnings(rows):
+        PartialState().print(f"warning: {line}")
     if not is_kept.any():
         raise UserError(
             f"nothing is left to train on: of {len(rows)} conversations, {is_long.sum()} are "
@@ -264,6 +279,25 @@ def tokenize(
         )
     kept = tokens if is_kept.all() else tokens.select(np.flatnonzero(is_kept))
     return kept.select_columns(["input_ids", "labels"])
+
+
+def count_notes(rows: Dataset) -> dict[str, int]:
+    """What was read otherwise than it stands, and the keys that were not: the rows of each."""
+    counts: Counter[str] = Counter()
+    for batch in rows.select_columns("notes").with_format("arrow").iter(batch_size=1000):
+        values = pc.value_counts(pc.list_flatten(batch["notes"]))
+        counts.update({item["values"].as_py(): item["counts"].as_py() for item in values})
+    return dict(counts.most_common())
+
+
+def first_warnings(rows: Dataset) -> list[str]:
+    """Up to MAX_PROBLEMS texts that look like another format's markup, by file and line."""
+    lines: dict[str, None] = {}  # a repeated row is named once
+    for batch in rows.select_columns("warnings").with_format("arrow").iter(batch_size=1000):
+        lines |= dict.fromkeys(pc.list_flatten(batch["warnings"]).to_pylist())
+        if len(lines) >= MAX_PROBLEMS:
+            break
+    return list(lines)[:MAX_PROBLEMS]
 
 
 def count_tokens(dataset: Dataset) -> int:
