@@ -4,6 +4,8 @@ import pytest
 from transformers import TrainerState
 
 from finetune.training.log_line import LogLine, duration
+from helpers.paths import REPO
+from rehearse import LOGGED_STEP
 
 ENTRY = {
     "loss": 1.2341,
@@ -62,3 +64,9 @@ def test_an_evaluation_is_a_line_and_the_last_entry_and_other_ranks_print_nothin
 )
 def test_durations(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_lines_that_the_docs_show_have_the_form_of_a_runs() -> None:
+    lines = (REPO / "docs/launch.md").read_text().splitlines()
+    shown = [line for line in lines if line.startswith("step ")]
+    assert shown and all(LOGGED_STEP.match(line) for line in shown)
