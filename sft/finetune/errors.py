@@ -9,6 +9,16 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
+# Read-only, not permitted, broken, or a mount whose other end has gone.
+LOST_DISK = (
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.ESTALE,
+)
+
 
 class UserError(Exception):
     """Something the user can mend. Its message is the whole line the user reads."""
@@ -16,15 +26,18 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError or a full disk into one line on stderr, printed once, and exit status 1."""
+    """Turn a UserError, a full or a lost disk into one line on stderr and exit status 1."""
     try:
         yield
     except UserError as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"no space left writing {error.filename or 'a file'}: free some, or raise disk_size")
+        file = error.filename or "a file"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            fail(f"no space left writing {file}: free some, or raise disk_size")
+        if error.errno in LOST_DISK:
+            fail(f"{file} cannot be read or written ({error.strerror}): is the bucket still there?")
+        raise
     except SafetensorError as error:
         if os.strerror(errno.ENOSPC) not in str(error):
             raise

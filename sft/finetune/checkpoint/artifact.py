@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch.distributed import barrier, is_initialized, new_group
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoint.bucket import await_upload
 from finetune.checkpoint.summary_file import SUMMARY, write_summary
+from finetune.errors import UserError
 from finetune.model.loading import save_tokenizer
 
 ARTIFACT = "final"
@@ -34,27 +36,46 @@ def save_artifact(
 
     Called by every process; the first one writes. summary.json is written when the other files are
     in the bucket, and so an artifact with a summary.json is complete. (Not a folder renamed at the
-    end: on a mounted bucket a rename copies every file.)
+    end: on a mounted bucket a rename copies every file.) Raises UserError if a write fails.
     """
     # The upload of 120b's 234 GB may take longer than the timeout of training's collectives.
     patient = new_group(backend="gloo", timeout=timedelta(days=1)) if is_initialized() else None
     state_dict = gather_trained_weights(accelerator, model)
     if accelerator.is_main_process:
-        # An earlier launch may have left one; until the end this artifact is not complete.
-        (artifact / SUMMARY).unlink(missing_ok=True)
-        # save_original_format=True would name the bf16 experts as the published checkpoint names
-        # its MXFP4 ones, *_blocks, and nothing could load them.
-        accelerator.unwrap_model(model).save_pretrained(
-            artifact, state_dict=state_dict, save_original_format=False
-        )
-        fix_saved_config(artifact)
-        save_tokenizer(tokenizer, artifact)
-        files = sorted(path for path in artifact.iterdir() if path.is_file())
-        await_upload(files)
-        write_summary(artifact, summary, files)
-        await_upload([artifact / SUMMARY])
+        try:
+            unwrapped = accelerator.unwrap_model(model)
+            write_artifact(artifact, unwrapped, state_dict, tokenizer, summary, await_upload)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"writing the result to {artifact} failed ({str(error).splitlines()[0]}); the "
+                "checkpoints are kept: mend that and launch again, and only the result is written"
+            ) from error
     if patient is not None:
         barrier(group=patient)
+
+
+def write_artifact(
+    artifact: Path,
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    summary: dict[str, Any],
+    await_upload: Callable[[list[Path]], None],
+) -> None:
+    """The first process's part of save_artifact. Raises OSError or SafetensorError if a file cannot
+    be written.
+    """
+    # An earlier launch may have left one; until the end this artifact is not complete.
+    (artifact / SUMMARY).unlink(missing_ok=True)
+    # save_original_format=True would name the bf16 experts as the published checkpoint names
+    # its MXFP4 ones, *_blocks, and nothing could load them.
+    model.save_pretrained(artifact, state_dict=state_dict, save_original_format=False)
+    fix_saved_config(artifact)
+    save_tokenizer(tokenizer, artifact)
+    files = sorted(path for path in artifact.iterdir() if path.is_file())
+    await_upload(files)
+    write_summary(artifact, summary, files)
+    await_upload([artifact / SUMMARY])
 
 
 def fix_saved_config(artifact: Path) -> None:

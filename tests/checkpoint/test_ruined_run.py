@@ -1,0 +1,106 @@
+"""Each file of a run's folder may be garbage: a launch goes on from something complete, or stops
+with one error that names the file. The export's side is in tests/export.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune.checkpoint.artifact import is_finished
+from finetune.checkpoint.fingerprint import read_record, read_training_rules
+from finetune.checkpoint.history import conversation_date, interruption_cost, read_launches
+from finetune.checkpoint.resume import find_checkpoint, resume_from
+from finetune.errors import UserError
+from helpers.checkpoints import flip_a_bit, make_checkpoint
+from helpers.paths import REPO
+
+EARLIER_RUN = REPO / "tests/runs/earlier_run"
+
+
+def files_of(run: str) -> list[str]:
+    folder = EARLIER_RUN / run
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def of_another_run(file: Path) -> None:
+    """The file of that name from another run, or else that of another name."""
+    other = make_checkpoint(file.parents[2] / "another", 3, seed=1)
+    found = other / file.name
+    shutil.copy(found if found.exists() else other / "scheduler.pt", file)
+
+
+def replace_by_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def replace_by_link(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+RUINS: dict[str, Callable[[Path], object]] = {
+    "removed": Path.unlink,
+    "empty": lambda file: os.truncate(file, 0),
+    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "bit flipped": flip_a_bit,
+    "{}": lambda file: file.write_text("{}"),
+    "[]": lambda file: file.write_text("[]"),
+    "another run's": of_another_run,
+    "a folder": replace_by_folder,
+    "a dangling link": replace_by_link,
+}
+
+
+def launch(run_dir: Path) -> Path | None:
+    """What a launch reads of a run's folder before it trains; the checkpoint it goes on from."""
+    found = find_checkpoint("true", run_dir)
+    conversation_date(run_dir)
+    assert resume_from("true", run_dir) == found or found is None
+    if found is not None:
+        assert read_record(found).model == "model"
+        assert read_training_rules(found) == 1
+    interruption_cost(read_launches(run_dir))
+    return found
+
+
+@pytest.mark.parametrize("ruin", RUINS)
+@pytest.mark.parametrize("name", files_of("interrupted"))
+def test_each_file_of_an_interrupted_run(name: str, ruin: str, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(EARLIER_RUN / "interrupted", tmp_path / "run"))
+    record = run_dir / "launches/0001.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"complete": 3}))
+    RUINS[ruin](run_dir / name)
+    if name.startswith("launches/"):
+        assert launch(run_dir) == run_dir / "checkpoint-3"
+        return
+    with pytest.raises(UserError) as stopped:
+        launch(run_dir)
+    message = str(stopped.value)
+    if (Path(name).name, ruin) == ("manifest.json", "removed"):
+        # It looks like a save that did not come to its end, but for the launch's record.
+        assert "launches/ says that checkpoint-3 was complete" in message
+    elif (Path(name).name, ruin) == ("manifest.json", "another run's"):
+        assert "checkpoint-3: .metadata has 48999 bytes, not" in message
+    else:
+        assert Path(name).name in message
+    assert (run_dir / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("ruin", RUINS)
+@pytest.mark.parametrize("name", files_of("finished"))
+def test_each_file_of_a_finished_run(name: str, ruin: str, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(EARLIER_RUN / "finished", tmp_path / "run"))
+    shutil.copytree(EARLIER_RUN / "interrupted/checkpoint-3", run_dir / "checkpoint-3")
+    RUINS[ruin](run_dir / name)
+    assert launch(run_dir) == run_dir / "checkpoint-3"
+    # Only sizes are compared here.
+    is_whole = is_finished(run_dir / "final")
+    if name == "final/summary.json" and ruin != "bit flipped":
+        assert not is_whole
+    if name.startswith("launches/"):
+        assert is_whole
