@@ -31,6 +31,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # OpenAI's own model code, which tests compare with. It asks for Python 3.12 and a web server; the one file that is
 # read, torch/model.py, needs neither.
 REFERENCE := gpt-oss==0.0.9
+# The renderer that vLLM 0.33.0 depends on. Its module has the name of openai-harmony's, so it has a folder of its own.
+RENDERER := oss-harmony==0.0.11
 
 .PHONY: rehearse preview check test-fast test test-sky imports sky lock clean
 
@@ -62,10 +64,11 @@ imports: $(TRAIN)/.installed
 
 sky: $(SKY)/.installed
 
-$(TRAIN)/.installed: sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
+$(TRAIN)/.installed: Makefile sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
 	$(UV) venv -q --allow-existing $(CREATE) $(TRAIN)
 	$(UV) pip install --python $(PYTHON) -r sft/requirements.lock -r tests/requirements.lock -c sft/cuda.lock triton
 	$(UV) pip install -q --no-deps --python-version 3.12 --target $(TRAIN)/openai $(REFERENCE)
+	$(UV) pip install -q --python $(PYTHON) --no-deps --target $(TRAIN)/oss-harmony $(RENDERER)
 	touch $@
 
 $(SKY)/.installed: tests/sky/requirements.lock | $(UV)

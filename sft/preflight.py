@@ -26,8 +26,9 @@ from dataclasses import replace
 from finetune.arguments import check_spelling, parse_args
 from finetune.checkpoint.fingerprint import (
     check_same_run,
+    data_by_rules,
+    launch_rules,
     read_record,
-    read_training_rules,
     run_record,
 )
 from finetune.checkpoint.history import conversation_date
@@ -53,7 +54,8 @@ def main() -> None:
     load_config(model_id, revision=revision)
     tokenizer = load_tokenizer(model_id, revision=revision)
     date = config.data.conversation_start_date or conversation_date(run_dir)
-    data_args = replace(config.data, conversation_start_date=date)
+    rules = launch_rules(config.training.resume_from_checkpoint, run_dir)
+    data_args = replace(data_by_rules(config.data, rules), conversation_start_date=date)
     train_dataset, _ = load_datasets(config.script, config.training, data_args, tokenizer)
     warning = few_steps_of(train_dataset, config.training, num_gpus=num_processes())
     if warning:
@@ -61,13 +63,16 @@ def main() -> None:
     # Downloaded here, not by ranks that wait for each other no longer than a barrier's timeout.
     BaseWeights(model_id, revision=revision)
     record = run_record(
-        config, train_dataset, conversation_start_date=date, num_processes=num_processes()
+        config,
+        train_dataset,
+        conversation_start_date=date,
+        num_processes=num_processes(),
+        training_rules=rules,
     )
     if config.run.ignore_fingerprint:
         return
     if checkpoint is not None:
         check_same_run(checkpoint, read_record(checkpoint), record)
-        record = replace(record, training_rules=read_training_rules(checkpoint))
     check_later_steps(run_dir, resumed=checkpoint, fingerprint=record.identity())
 
 

@@ -70,6 +70,7 @@ from finetune.arguments import Config, parse_task
 from finetune.data.dataset import (
     count_notes,
     count_tokens,
+    extra_tokens,
     load_conversations,
     render_all,
     tokenize,
@@ -95,7 +96,8 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
         rows = load_conversations(args.dataset)
         tokenizer = load_tokenizer(args.tokenizer)
         tokens = render_all(rows, tokenizer, data_args)
-    shown = tokens.select(range(min(args.num_examples, len(tokens))))
+    is_first = tokens.data["sample"].to_numpy() == 1
+    shown = tokens.select(np.flatnonzero(is_first.cumsum() <= args.num_examples))
     if args.svg:
         save_svg(Path(args.svg), shown, tokenizer)
     if args.json:
@@ -108,12 +110,17 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
     if task and config:
         with redirect_stdout(sys.stderr):
             kept = tokenize(rows, tokenizer, data_args, max_length=config.training.max_length)
-        num_left_out = len(rows) - len(kept)
-        summary += epoch_summary(kept, config.training, task.num_gpus, num_left_out=num_left_out)
+        num_left_out = len(tokens) - len(kept)
+        unit = "samples" if len(tokens) > len(rows) else "conversations"
+        summary += epoch_summary(
+            kept, config.training, task.num_gpus, num_left_out=num_left_out, unit=unit
+        )
     table = Table(show_header=False)
     for name, value in summary:
         table.add_row(name, Text(value))
     console.print(table)
+    for sentence in not_learnt(tokens, data_args):
+        console.print(sentence)
 
 
 def task_config(task: TaskFile, data_args: DataArguments) -> Config:
@@ -135,9 +142,12 @@ def show_conversations(
     console: Console, tokens: Dataset, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """The text of each conversation: green where it is in the loss, dim where it is not."""
-    for number, row in enumerate(tokens, start=1):
+    number = 0
+    for row in tokens:
+        number += row["sample"] == 1
         counts = f"{row['num_tokens']:,} tokens, {row['num_loss_tokens']:,} in the loss"
-        console.rule(f"{number}: {counts}")
+        part = f", sample {row['sample']} of {row['num_samples']}"
+        console.rule(f"{number}{part if row['num_samples'] > 1 else ''}: {counts}")
         text = Text()
         pairs = zip(row["input_ids"], row["labels"], strict=True)
         for in_loss, group in groupby(pairs, key=lambda pair: pair[1] != -100):
@@ -173,23 +183,48 @@ def dataset_summary(rows: Dataset, tokens: Dataset) -> list[tuple[str, str]]:
     """(name, value) of what the whole dataset comes to."""
     num_tokens = tokens.data["num_tokens"].to_numpy().sum()
     num_loss_tokens = tokens.data["num_loss_tokens"].to_numpy().sum()
+    samples = []
+    if len(tokens) > len(rows):
+        samples = [("samples", f"{len(tokens):,}, {extra_tokens(tokens):,} tokens more")]
     return [
         ("recognised as", ", ".join(rows.unique("shape"))),
         ("conversations", f"{len(rows):,}"),
+        *samples,
         ("tokens", f"{num_tokens:,}"),
         ("in the loss", f"{num_loss_tokens / num_tokens:.1%}"),
         *((note, f"{count:,} rows") for note, count in count_notes(rows).items()),
     ]
 
 
+def not_learnt(tokens: Dataset, data_args: DataArguments) -> list[str]:
+    """What is not in the loss, and why, in sentences. tokens: what render_all made."""
+    if data_args.train_on == "everything":
+        return []
+    sentences = ["Not learnt: what the server writes, such as prompts and results of tools."]
+    num_messages = tokens.data["num_choices_left_out"].to_numpy().sum()
+    if num_messages:
+        sentences.append(
+            f"Not learnt: whether to think, in {num_messages:,} messages of turns that show no "
+            "thinking. Their channel's name is not in the loss, so that the model does not "
+            "unlearn to think; the rest of them is learnt, the tool's name too. "
+            "--learn_no_thinking true learns it as well."
+        )
+    if not data_args.learn_past_thinking:
+        sentences.append("Not learnt: the thinking of earlier turns (--learn_past_thinking false).")
+    return sentences
+
+
 def epoch_summary(
-    kept: Dataset, training_args: SFTConfig, num_gpus: int, *, num_left_out: int
+    kept: Dataset, training_args: SFTConfig, num_gpus: int, *, num_left_out: int, unit: str
 ) -> list[tuple[str, str]]:
-    """(name, value) of what an epoch of the task comes to. kept: what it trains on."""
+    """(name, value) of what an epoch of the task comes to.
+
+    kept: what it trains on. unit: what its rows are called.
+    """
     max_length = training_args.max_length
     num_tokens = count_tokens(kept)
     limit = f"{max_length:,}" if max_length else "none"
-    summary = [(f"left out (--max_length {limit})", f"{num_left_out:,} conversations")]
+    summary = [(f"left out (--max_length {limit})", f"{num_left_out:,} {unit}")]
     sequences = kept
     if training_args.packing and max_length:
         sequences = pack_dataset(kept, max_length, training_args.packing_strategy)

@@ -38,8 +38,9 @@ from finetune.checkpoint.artifact import ARTIFACT, LOSS_PLOT, is_finished, save_
 from finetune.checkpoint.fingerprint import (
     RunRecord,
     check_same_run,
+    data_by_rules,
+    launch_rules,
     read_record,
-    read_training_rules,
     run_record,
 )
 from finetune.checkpoint.history import (
@@ -99,9 +100,6 @@ def main() -> None:
     set_seed(config.training.seed)
     data = load_data(config)
     checkpoint = find_checkpoint(config, data.record)
-    if checkpoint:  # a run goes on by the rules that it began with
-        rules = read_training_rules(checkpoint)
-        data = replace(data, record=replace(data.record, training_rules=rules))
     check_later_steps(
         config.training.output_dir, resumed=checkpoint, fingerprint=data.record.identity()
     )
@@ -130,15 +128,19 @@ def load_data(config: Config) -> Data:
     tokenizer = load_tokenizer(config.model_id, revision=config.model.model_revision)
     # The system message holds a date. Ranks whose clocks stand on two sides of midnight must not
     # differ in it, and neither must a launch from the one before.
-    (date,) = broadcast_object_list([conversation_date(config.training.output_dir)])
+    run_dir = config.training.output_dir
+    # A run goes on by the rules that it began with, and with the tokens that it began with.
+    rules = launch_rules(config.training.resume_from_checkpoint, run_dir)
+    date, rules = broadcast_object_list([conversation_date(run_dir), rules])
     date = config.data.conversation_start_date or date
-    data_args = replace(config.data, conversation_start_date=date)
+    data_args = replace(data_by_rules(config.data, rules), conversation_start_date=date)
     train, held_out = load_datasets(config.script, config.training, data_args, tokenizer)
     record = run_record(
         config,
         train,
         conversation_start_date=date,
         num_processes=config.training.world_size,
+        training_rules=rules,
     )
     return Data(tokenizer, train, held_out, record)
 

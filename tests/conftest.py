@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,21 @@ def openai(tokenizer: PreTrainedTokenizerBase) -> "HarmonyEncoding":
     """OpenAI's own implementation of harmony, with the same vocabulary; skips without it."""
     harmony = pytest.importorskip("openai_harmony")
     os.environ["TIKTOKEN_ENCODINGS_BASE"] = str(VOCABULARY)
+    return harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
+
+
+@pytest.fixture(scope="session")
+def vllms() -> "HarmonyEncoding":
+    """oss-harmony, the renderer that vLLM uses. It brings its vocabulary along."""
+    # Its package is called openai_harmony too, so it is imported under a name of its own.
+    folder = Path(sys.prefix) / "oss-harmony/openai_harmony"
+    spec = spec_from_file_location(
+        "oss_harmony", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    harmony = module_from_spec(spec)
+    sys.modules["oss_harmony"] = harmony
+    spec.loader.exec_module(harmony)
     return harmony.load_harmony_encoding(harmony.HarmonyEncodingName.HARMONY_GPT_OSS)
 
 

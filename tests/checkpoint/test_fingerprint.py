@@ -16,13 +16,15 @@ from finetune.checkpoint.fingerprint import (
     TRAINING_RULES,
     RunRecord,
     check_same_run,
+    data_by_rules,
     dataset_sha256,
+    launch_rules,
     model_revision,
     read_record,
     run_record,
 )
 from finetune.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
-from finetune.data.options import DataArguments
+from finetune.data.options import DataArguments, EarlierDataArguments
 from finetune.errors import UserError
 from helpers.launching import defaults
 from helpers.paths import REPO
@@ -81,6 +83,9 @@ def test_other_weights_in_the_same_folder_are_another_model(
     assert model_revision(str(copy), revision="main") != before
 
 
+TODAYS_DATA = DataArguments(train_on="everything", conversation_start_date="2026-01-02")
+
+
 def make_record() -> RunRecord:
     """A record in which nothing has its default."""
     return RunRecord(
@@ -89,7 +94,7 @@ def make_record() -> RunRecord:
         dataset="data.jsonl",
         seed=7,
         use_peft=True,
-        data=DataArguments(train_on="everything", conversation_start_date="2026-01-02"),
+        data=data_by_rules(TODAYS_DATA, 1),
         dataset_sha256="def",
         max_length=512,
         global_batch_size=8,
@@ -104,13 +109,31 @@ def make_record() -> RunRecord:
 
 
 def test_an_older_run_goes_on_under_its_own_rules_of_training() -> None:
-    older = make_record()
-    current = replace(older, training_rules=TRAINING_RULES)
-    assert "training_rules" not in older.to_json()
-    check_same_run("checkpoint-2", older, current)
+    assert not {"training_rules", "learn_past_thinking"} & make_record().to_json().keys()
+    assert "learn_past_thinking" not in replace(make_record(), training_rules=2).to_json()
+    for rules in (1, 2, 3):
+        older = replace(make_record(), data=data_by_rules(TODAYS_DATA, rules), training_rules=rules)
+        read = RunRecord.from_json(older.to_json(), file=FILE)
+        check_same_run("checkpoint-2", read, older)
+        assert read == older
+        assert isinstance(read.data, EarlierDataArguments) == (rules < 3)
+        assert read.data.learn_past_thinking == (rules == 3)
+
+
+def test_the_rules_of_a_launch_are_those_of_the_checkpoint_that_it_resumes(tmp_path: Path) -> None:
+    folder, later = tmp_path / "checkpoint-3", tmp_path / "later/checkpoint-3"
+    for path, rules in ((folder, 2), (later, TRAINING_RULES + 1)):
+        path.mkdir(parents=True)
+        record = replace(make_record(), training_rules=rules)
+        write_manifest(path, {"files": {}, "fingerprint": record.identity()})
+    assert launch_rules("true", str(tmp_path)) == launch_rules(str(folder), "elsewhere") == 2
+    for flag in (None, "false", str(tmp_path / "checkpoint-4")):
+        assert launch_rules(flag, str(tmp_path)) == TRAINING_RULES
+    # A run of rules that are unknown here is compared as one of ours, and refused.
+    assert launch_rules("true", str(later.parent)) == TRAINING_RULES
+    current = replace(make_record(), training_rules=TRAINING_RULES)
     with pytest.raises(UserError, match=f"training_rules {TRAINING_RULES + 1}"):
-        later = replace(older, training_rules=TRAINING_RULES + 1)
-        check_same_run("checkpoint-2", later, current)
+        check_same_run(later, read_record(later), current)
 
 
 def test_a_record_survives_json() -> None:

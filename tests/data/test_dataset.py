@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetune.data.dataset import (
     load_conversations,
     load_datasets,
     mean_length,
+    render_all,
     tokenize,
 )
 from finetune.data.options import DataArguments
@@ -195,10 +197,32 @@ def test_a_share_is_held_out_for_evaluation(
     data_args = replace(DEFAULTS, test_split_size=0.2)
     train, test = load_datasets(script_args, training_args, data_args, tiny_tokenizer)
     assert test is not None
-    rows = {tuple(row) for row in train["input_ids"]}
-    assert len(test) == 22 and not rows & {tuple(row) for row in test["input_ids"]}
+    # Samples of one conversation begin alike, up to the first question: none is in both parts.
+    beginnings = [
+        {tiny_tokenizer.decode(row).split("<|start|>assistant")[0] for row in part["input_ids"]}
+        for part in (train, test)
+    ]
+    assert len(beginnings[1]) == 22 < len(test) and not beginnings[0] & beginnings[1]
     with pytest.raises(UserError, match="--test_split_size"):
         load_datasets(script_args, training_args, DEFAULTS, tiny_tokenizer)
+
+
+def test_conversations_become_samples_and_the_log_counts_the_extra_tokens(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "my.jsonl", ROW, {"messages": [*ROW["messages"], USER, ASSISTANT]})
+    one, first, second = tokens_of(tiny_tokenizer, file)
+    assert one == first  # the first turn is learnt just as if the conversation ended with it
+    assert loss_text(tiny_tokenizer, second) == loss_text(tiny_tokenizer, one)
+    extra = len(first["input_ids"])
+    learnt = f"3 samples, so that the thinking of every turn is learnt: {extra} tokens more"
+    assert learnt in capsys.readouterr().out
+    assert len(tokens_of(tiny_tokenizer, file, learn_past_thinking=False)) == 2
+    assert "samples" not in capsys.readouterr().out
+    render = partial(render_all, load_conversations(str(file)), tiny_tokenizer)
+    assert render(DEFAULTS)["num_choices_left_out"] == [0, 0, 0]
+    today = replace(DEFAULTS, learn_past_thinking=False)
+    assert render(today)["num_choices_left_out"] == [0, 1]
 
 
 def test_packing_fills_97_percent_at_the_shipped_lengths(

@@ -1,4 +1,8 @@
-"""Rendered conversations equal openai-harmony's, and what the model writes is in the loss."""
+"""Rendered conversations equal oss-harmony's, and what the model writes is in the loss.
+
+oss-harmony is the renderer that vLLM depends on, a fork of openai-harmony. The two differ in the
+place of the recipient alone. Runs begun under earlier rules go on with that of openai-harmony.
+"""
 
 import json
 from pathlib import Path
@@ -6,7 +10,8 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from openai_harmony import HarmonyEncoding
+from openai_harmony import HarmonyEncoding, Role
+from openai_harmony import Message as HarmonyMessage
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -29,7 +34,10 @@ LAST_TURN = (
     "<|channel|>analysis<|message|>Easy.<|end|>"
     "<|start|>assistant<|channel|>final<|message|>4<|return|>"
 )
-CALL_HEADER = " to=functions.add<|channel|>commentary <|constrain|>json<|message|>"
+CALL_HEADER = "<|channel|>commentary to=functions.add <|constrain|>json<|message|>"
+# What of a header is in the loss in a turn without thinking: all but the channel's name.
+FINAL_ANYWAY = "<|channel|><|message|>"
+CALL_ANYWAY = "<|channel|> to=functions.add <|constrain|>json<|message|>"
 
 
 @pytest.fixture(scope="module")
@@ -55,22 +63,63 @@ def loss_text(*messages: object, **options: Any) -> str:
 
 @settings(SLOW, max_examples=500)
 @given(conversation=conversations())
-def test_tokens_equal_those_of_openai_harmony_as_vllm_calls_it(
-    encoder: Encoder, openai: HarmonyEncoding, conversation: dict[str, Any]
+def test_tokens_equal_those_of_oss_harmony_as_vllm_calls_it(
+    encoder: Encoder, vllms: HarmonyEncoding, conversation: dict[str, Any]
 ) -> None:
     (input_ids,), (labels,) = encoder.encode([pieces_of(conversation)])
-    assert openai.decode_utf8(input_ids) == openai.decode_utf8(reference(openai, conversation))
-    assert input_ids == reference(openai, conversation)
+    assert vllms.decode_utf8(input_ids) == vllms.decode_utf8(reference(vllms, conversation))
+    assert input_ids == reference(vllms, conversation)
     assert all(label in (-100, number) for number, label in zip(input_ids, labels, strict=True))
 
 
 @settings(SLOW, max_examples=200)
-@given(conversation=conversations(max_turns=2))
-def test_of_two_turns_openai_harmonys_default_drops_the_same_analysis(
+@given(conversation=conversations())
+def test_an_earlier_run_goes_on_with_the_tokens_of_openai_harmony(
     encoder: Encoder, openai: HarmonyEncoding, conversation: dict[str, Any]
 ) -> None:
+    (input_ids,), _ = encoder.encode([pieces_of(conversation, as_earlier=True)])
+    assert input_ids == reference(openai, conversation)
+
+
+def test_the_renderers_differ_in_the_place_of_the_recipient_alone(
+    encoder: Encoder, openai: HarmonyEncoding, vllms: HarmonyEncoding
+) -> None:
+    """A call is rendered behind its channel by the renderer of vLLM, and so the model writes it."""
+    turns = [{**ASSISTANT, "tool_calls": [CALL], "content": "Wait."}, RESULT, ASSISTANT]
+    conversation = {"tools": [], **to_conversation({"messages": [USER, *turns]})}
+    theirs, vllm = (e.decode_utf8(reference(e, conversation)) for e in (openai, vllms))
+    call, result = " to=functions.add", " to=assistant"
+    assert f"<|start|>assistant{call}<|channel|>commentary <|constrain|>json<|message|>" in theirs
+    assert f"<|start|>assistant{CALL_HEADER}" in vllm
+    assert f"<|start|>functions.add{result}<|channel|>commentary<|message|>" in theirs
+    assert f"<|start|>functions.add<|channel|>commentary{result}<|message|>" in vllm
+    channel = "<|channel|>commentary"
+    for recipient in (call, result):
+        theirs = theirs.replace(recipient + channel, channel + recipient)
+    assert theirs == vllm
+    assert encoder.encode([pieces_of(conversation)])[0][0] == reference(vllms, conversation)
+
+
+def test_vllms_json_is_rendered_as_the_constrained_json_that_the_model_writes(
+    openai: HarmonyEncoding, vllms: HarmonyEncoding
+) -> None:
+    """vLLM gives earlier calls the content type `json`."""
+    message = HarmonyMessage.from_role_and_content(Role.ASSISTANT, "{}").with_channel("commentary")
+    message = message.with_recipient("functions.add").with_content_type("json")
+    rendered = [e.decode_utf8(e.render(message)) for e in (openai, vllms)]
+    assert rendered == [
+        "<|start|>assistant to=functions.add<|channel|>commentary json<|message|>{}<|call|>",
+        f"<|start|>assistant{CALL_HEADER}{{}}<|call|>",
+    ]
+
+
+@settings(SLOW, max_examples=200)
+@given(conversation=conversations(max_turns=2))
+def test_of_two_turns_the_renderers_default_drops_the_same_analysis(
+    encoder: Encoder, vllms: HarmonyEncoding, conversation: dict[str, Any]
+) -> None:
     (input_ids,), _ = encoder.encode([pieces_of(conversation)])
-    assert input_ids == default_reference(openai, conversation)
+    assert input_ids == default_reference(vllms, conversation)
 
 
 def test_of_three_turns_openai_harmonys_default_keeps_the_second_analysis(
@@ -116,16 +165,20 @@ def test_all_of_a_plain_text_and_its_end_are_in_the_loss() -> None:
     assert "".join(piece.text for piece in pieces) == "Once upon a time<|endoftext|>"
 
 
-def test_the_header_of_an_earlier_turn_whose_analysis_was_dropped_is_not_in_the_loss() -> None:
+def test_that_an_earlier_turn_whose_analysis_was_dropped_does_not_think_is_not_in_the_loss() -> (
+    None
+):
     turns = [USER, ASSISTANT, USER, ASSISTANT]
-    assert loss_text(*turns) == "4<|end|>" + LAST_TURN
+    assert loss_text(*turns) == f"{FINAL_ANYWAY}4<|end|>{LAST_TURN}"
+    assert loss_text(*turns, as_earlier=True) == f"4<|end|>{LAST_TURN}"
     assert loss_text(*turns, train_on="last_turn") == LAST_TURN
     header = "<|channel|>final<|message|>"
     assert loss_text(*turns, learn_no_thinking=True) == f"{header}4<|end|>{LAST_TURN}"
 
 
-def test_the_header_of_an_answer_without_thinking_is_in_the_loss_only_on_demand() -> None:
-    assert loss_text(USER, WITHOUT_THINKING) == "4<|return|>"
+def test_the_choice_not_to_think_is_in_the_loss_only_on_demand() -> None:
+    assert loss_text(USER, WITHOUT_THINKING) == f"{FINAL_ANYWAY}4<|return|>"
+    assert loss_text(USER, WITHOUT_THINKING, as_earlier=True) == "4<|return|>"
     assert loss_text(USER, WITHOUT_THINKING, learn_no_thinking=True) == (
         "<|channel|>final<|message|>4<|return|>"
     )
@@ -147,19 +200,19 @@ def test_a_turn_that_has_shown_analysis_is_in_the_loss_with_all_its_headers() ->
     [
         (
             [{"role": "assistant", "tool_calls": [CALL]}, RESULT, WITHOUT_THINKING],
-            "{}<|call|>4<|return|>",
+            f"{CALL_ANYWAY}{{}}<|call|>{FINAL_ANYWAY}4<|return|>",
             f"{CALL_HEADER}{{}}<|call|><|channel|>final<|message|>4<|return|>",
         ),
         (
             [{"role": "assistant", "content": "Wait.", "tool_calls": [CALL]}, RESULT, ASSISTANT],
-            f"Wait.<|end|><|start|>assistant{{}}<|call|>{LAST_TURN}",
+            f"{FINAL_ANYWAY}Wait.<|end|><|start|>assistant{CALL_ANYWAY}{{}}<|call|>{LAST_TURN}",
             "<|channel|>commentary<|message|>Wait.<|end|>"
             f"<|start|>assistant{CALL_HEADER}{{}}<|call|>{LAST_TURN}",
         ),
     ],
     ids=["a call", "a preamble, with thinking after the result"],
 )
-def test_headers_before_any_analysis_are_in_the_loss_only_on_demand(
+def test_before_any_analysis_all_of_a_header_but_the_channels_name_is_in_the_loss(
     turns: list[object], by_default: str, with_headers: str
 ) -> None:
     assert loss_text(USER, *turns) == by_default
@@ -167,10 +220,16 @@ def test_headers_before_any_analysis_are_in_the_loss_only_on_demand(
     assert loss_text(USER, *turns, learn_no_thinking=True) == with_headers
 
 
-def test_headers_of_earlier_calls_whose_analysis_was_dropped_are_not_in_the_loss() -> None:
+def test_of_earlier_calls_whose_analysis_was_dropped_the_channels_are_not_in_the_loss() -> None:
     calling = {**ASSISTANT, "thinking": "Add.", "content": "Wait.", "tool_calls": [CALL]}
     turns = [USER, calling, RESULT, {**ASSISTANT, "content": "5"}, USER, ASSISTANT]
-    assert loss_text(*turns) == (f"Wait.<|end|><|start|>assistant{{}}<|call|>5<|end|>{LAST_TURN}")
+    assert loss_text(*turns) == (
+        f"{FINAL_ANYWAY}Wait.<|end|><|start|>assistant{CALL_ANYWAY}{{}}<|call|>"
+        f"{FINAL_ANYWAY}5<|end|>{LAST_TURN}"
+    )
+    assert loss_text(*turns, as_earlier=True) == (
+        f"Wait.<|end|><|start|>assistant{{}}<|call|>5<|end|>{LAST_TURN}"
+    )
     assert loss_text(*turns, train_on="last_turn") == LAST_TURN
     assert loss_text(*turns, learn_no_thinking=True) == (
         f"<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant{CALL_HEADER}{{}}<|call|>"

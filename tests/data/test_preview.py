@@ -12,7 +12,7 @@ import pytest
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
 from helpers.paths import CONVERSATIONS, REPO
-from helpers.rows import ASSISTANT, ROW, USER, write_rows
+from helpers.rows import ASSISTANT, ROW, USER, WITHOUT_THINKING, write_rows
 from preview import PreviewArguments, main
 
 TASK = "gpt-oss-20b-lora.yaml"
@@ -42,7 +42,8 @@ def task_with(tmp_path: Path, old: str, new: str) -> str:
 
 def test_the_preview_shows_conversations_and_a_summary(show: Any) -> None:
     shown = show(CONVERSATIONS, task=str(REPO / TASK), num_examples=2)
-    assert shown.count("<|start|>system<|message|>") == 2
+    # The first conversation has two turns with thinking, the second has one.
+    assert shown.count("<|start|>system<|message|>") == 3
     for label in ("in the loss", "left out (--max_length 4,096)", "packed", "of 8 sequences"):
         assert label in shown
 
@@ -85,6 +86,23 @@ def test_a_task_that_leaves_out_everything_is_an_error(
     monkeypatch.setenv("TRAIN_ARGS", "--max_length 512")
     with pytest.raises(UserError, match="nothing is left to train on"):
         show(write_rows(tmp_path / "my.jsonl", LONG), task=str(REPO / TASK))
+
+
+def test_it_says_in_words_what_is_not_learnt_and_how_many_samples_there_are(
+    show: Any, tmp_path: Path
+) -> None:
+    two = {"messages": [USER, ASSISTANT, USER, ASSISTANT]}
+    file = write_rows(tmp_path / "my.jsonl", two, {"messages": [USER, WITHOUT_THINKING]})
+    shown = show(file, num_examples=1)
+    assert shown.count("<|start|>system<|message|>") == 2
+    assert "1, sample 1 of 2: " in shown and "1, sample 2 of 2: " in shown
+    assert "tokens more" in shown
+    assert "Not learnt: whether to think, in 1 messages of turns that show no thinking." in shown
+    learning = DataArguments(conversation_start_date="2026-01-02", learn_no_thinking=True)
+    assert "whether to think" not in show(file, learning)
+    whole = DataArguments(conversation_start_date="2026-01-02", learn_past_thinking=False)
+    shown = show(file, whole)
+    assert "tokens more" not in shown and "the thinking of earlier turns" in shown
 
 
 def test_json_prints_every_conversation_and_nothing_else(show: Any, tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ from helpers.paths import CONVERSATIONS
 
 
 def test_a_prompt_is_what_the_server_sends(
-    openai: HarmonyEncoding,
+    vllms: HarmonyEncoding,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     encoder, data_args = Encoder(tokenizer), DataArguments(conversation_start_date=DATE)
-    opening = openai.encode("<|start|>assistant", allowed_special="all")
+    opening = vllms.encode("<|start|>assistant", allowed_special="all")
     for line in CONVERSATIONS.read_text().splitlines()[:20]:
         row = json.loads(line)
         conversation = to_conversation(row)
@@ -42,7 +42,7 @@ def test_a_prompt_is_what_the_server_sends(
         turns = conversation["messages"]
         last = max(number for number, turn in enumerate(turns) if turn["role"] == "user")
         asked = conversation | {"messages": turns[: last + 1]}
-        assert prompt.ids == [*reference(openai, asked), *opening]
+        assert prompt.ids == [*reference(vllms, asked), *opening]
         assert prompt.question == turns[last]["content"] and not prompt.has_tools
     assert make_prompt({"text": "no conversation"}, encoder, data_args) is None
 

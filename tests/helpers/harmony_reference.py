@@ -1,6 +1,7 @@
-"""Conversations rendered by openai-harmony, the way vLLM calls it.
+"""Conversations rendered by openai-harmony or by oss-harmony, its fork, the way vLLM calls them.
 
-This is written against openai-harmony alone, so that it shares no mistake with finetune.data.
+This is written against them alone, so that it shares no mistake with finetune.data. Both have the
+same classes; the one that renders is given as `openai`.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ NOTHING_DROPPED = RenderConversationConfig(auto_drop_analysis=False)
 def reference(openai: HarmonyEncoding, conversation: dict[str, Any]) -> list[int]:
     """The tokens of the prompt that vLLM makes for the last turn, followed by that turn."""
     prompt, last_turn = openai_messages(conversation)
-    # What auto_drop_analysis_messages does: vllm/entrypoints/openai/parser/harmony_utils.py at
-    # commit 6a22fe6.
+    # What auto_drop_analysis_messages does:
+    # vllm/entrypoints/openai/chat_completion/harmony.py at commit 8fada2f.
     finals = [n for n, message in enumerate(prompt) if message.channel == "final"]
     last_final = finals[-1] if finals else -1
     kept = [m for n, m in enumerate(prompt) if n >= last_final or m.channel != "analysis"]

@@ -16,9 +16,14 @@ from datasets import Dataset
 from trl import ScriptArguments
 
 from finetune.arguments import Config
-from finetune.checkpoint.manifest import MANIFEST, read_manifest
+from finetune.checkpoint.manifest import (
+    MANIFEST,
+    check_complete,
+    newest_checkpoint,
+    read_manifest,
+)
 from finetune.data.dataset import load_splits
-from finetune.data.options import DataArguments
+from finetune.data.options import DataArguments, EarlierDataArguments
 from finetune.errors import UserError
 from finetune.model.loading import load_config
 
@@ -62,7 +67,8 @@ LORA = (
 # 1: the learning rate of the first warm-up step is 0; weight decay as transformers has it.
 # 2: warm-up starts at its first increment; sinks, router and embeddings are not decayed.
 #    Each row counts once an epoch; before, some were trained twice to fill the last batches.
-TRAINING_RULES = 2
+# 3: conversations are rendered as DataArguments says; before, as EarlierDataArguments says.
+TRAINING_RULES = 3
 # Fields that decide only what is evaluated, not what is trained.
 HELD_OUT = ("eval_strategy", "dataset_config", "dataset_train_split", "dataset_test_split")
 # A local model's weights are not hashed in full, which would take minutes for 120b: only this much
@@ -107,6 +113,8 @@ class RunRecord:
             values |= values.pop(name)
         if self.training_rules == 1:
             del values["training_rules"]
+        if self.training_rules < 3:
+            del values["learn_past_thinking"]
         return values
 
     def identity(self) -> dict[str, Any]:
@@ -163,7 +171,7 @@ class RunRecord:
 
         return cls(
             **pick(own),
-            data=DataArguments(**pick(data)),
+            data=data_by_rules(DataArguments(**pick(data)), values.get("training_rules", 1)),
             training=pick(TRAINING),
             lora=pick(LORA),
             packages={name: public(version) for name, version in pick(PACKAGES).items()},
@@ -184,13 +192,25 @@ def type_problem(values: dict[str, Any]) -> str | None:
     return None if date is None or isinstance(date, str) else f"its date is {date!r}"
 
 
+def data_by_rules(data: DataArguments, training_rules: int) -> DataArguments:
+    """The flags of the data as a run under these rules takes them."""
+    if training_rules >= 3:
+        return data
+    return EarlierDataArguments(**asdict(data) | {"learn_past_thinking": False})
+
+
 def run_record(
-    config: Config, dataset: Dataset, *, conversation_start_date: str, num_processes: int
+    config: Config,
+    dataset: Dataset,
+    *,
+    conversation_start_date: str,
+    num_processes: int,
+    training_rules: int = TRAINING_RULES,
 ) -> RunRecord:
     """The record of the run that these flags describe.
 
-    dataset: the tokens and labels that are trained on, before packing. conversation_start_date: the
-    one in use, which may come from an earlier launch instead of the flags.
+    dataset: the tokens and labels that are trained on, before packing. conversation_start_date and
+    training_rules: those in use, which may come from an earlier launch.
     """
     script, training, model = config.script, config.training, config.model
     sequences = training.per_device_train_batch_size * num_processes
@@ -200,7 +220,10 @@ def run_record(
         dataset=config.dataset,
         seed=training.seed,
         use_peft=model.use_peft,
-        data=replace(config.data, conversation_start_date=conversation_start_date),
+        data=replace(
+            data_by_rules(config.data, training_rules),
+            conversation_start_date=conversation_start_date,
+        ),
         dataset_sha256=dataset_sha256(dataset),
         max_length=training.max_length,
         global_batch_size=sequences * training.gradient_accumulation_steps,
@@ -211,7 +234,7 @@ def run_record(
         dataset_config=script.dataset_config,
         dataset_train_split=script.dataset_train_split,
         dataset_test_split=script.dataset_test_split,
-        training_rules=TRAINING_RULES,
+        training_rules=training_rules,
     )
 
 
@@ -266,9 +289,21 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord.from_json(fingerprint, file=folder / MANIFEST)
 
 
-def read_training_rules(folder: Path) -> int:
-    """The rules under which the run of a complete checkpoint began; see TRAINING_RULES."""
-    return read_manifest(folder).get("fingerprint", {}).get("training_rules", 1)
+def launch_rules(resume_flag: str | None, run_dir: str) -> int:
+    """The rules of a launch: those under which the run that it resumes began. See TRAINING_RULES.
+
+    resume_flag: --resume_from_checkpoint. A new run, and one of rules unknown here, has ours.
+    """
+    if resume_flag is None or resume_flag.lower() == "false":
+        return TRAINING_RULES
+    if resume_flag.lower() == "true":
+        checkpoint = newest_checkpoint(run_dir)
+    else:  # resume_from refuses a path of which there is no complete checkpoint
+        checkpoint = Path(resume_flag) if check_complete(Path(resume_flag)) is None else None
+    if checkpoint is None:
+        return TRAINING_RULES
+    rules = read_manifest(checkpoint).get("fingerprint", {}).get("training_rules", 1)
+    return min(rules, TRAINING_RULES)
 
 
 def is_same_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, file: Path) -> bool:
@@ -284,8 +319,6 @@ def is_same_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, file:
 
 def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:
     """Raise UserError, naming every difference, if the checkpoint belongs to another run."""
-    if saved.training_rules <= TRAINING_RULES:  # known here: the run goes on by its own rules
-        current = replace(current, training_rules=saved.training_rules)
     before, now = saved.identity(), current.identity()
     changed = [
         f"{name} {before.get(name)} -> {now.get(name)}"

@@ -1,7 +1,8 @@
 """Conversations in, tokens with labels out.
 
 In: what --dataset_name lists (files, folders, URLs, hub datasets). Out: a Dataset with `input_ids`
-and `labels` (-100 = not in the loss), each row one conversation in OpenAI's harmony format.
+and `labels` (-100 = not in the loss), each row a conversation in OpenAI's harmony format, or as
+much of one as a turn is learnt in.
 
 options.DataArguments         the flags
 dataset.load_datasets         all steps: read, render, tokenise, leave out what does not fit
@@ -16,6 +17,7 @@ tools, calls                  functions, their calls, and which call a result an
 turns                         who speaks after whom
 values                        null, blank, JSON in text and text as JSON
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
+samples.split_samples         a sample for each turn whose thinking later prompts lack
 harmony_parser.ChannelReader  tokens read back: their channels, and whether a turn is valid
 tool_schema.tools_section     tools as the TypeScript that gpt-oss reads
 """

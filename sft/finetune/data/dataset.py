@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,17 @@ from finetune.data.checks import EXAMPLE, Row
 from finetune.data.conversations import SHAPES, BadRow, read_row, shape_of
 from finetune.data.files import DataFile, find_files
 from finetune.data.formats import read_file
-from finetune.data.harmony import Encoder, Piece, document_pieces, to_messages, to_pieces
-from finetune.data.options import DataArguments
+from finetune.data.harmony import (
+    CHANNEL,
+    Encoder,
+    Piece,
+    all_messages,
+    document_pieces,
+    drop_past_analysis,
+    to_pieces,
+)
+from finetune.data.options import DataArguments, EarlierDataArguments
+from finetune.data.samples import Sample, split_samples
 from finetune.data.sources import Source, is_file, parse_sources, read_hub, rows_of_hub
 from finetune.errors import UserError
 
@@ -185,17 +195,30 @@ def rows_of(
             yield f"{name}, row {number}", row
 
 
-def pieces_of(text: str, data_args: DataArguments) -> list[Piece]:
-    """The pieces of a conversation that load_conversations has written as JSON."""
+def samples_of(text: str, data_args: DataArguments) -> list[list[Piece]]:
+    """The pieces of each sample of a conversation that load_conversations has written as JSON."""
     conversation = json.loads(text)
     if "text" in conversation:
-        return document_pieces(conversation["text"])
-    messages = to_messages(
+        return [document_pieces(conversation["text"])]
+    messages = all_messages(
         conversation,
         date=data_args.conversation_start_date,
         reasoning_effort=data_args.reasoning_effort,
     )
-    return to_pieces(messages, data_args.train_on, learn_no_thinking=data_args.learn_no_thinking)
+    if data_args.learn_past_thinking:
+        samples = split_samples(messages, data_args.train_on)
+    else:
+        samples = [Sample(drop_past_analysis(messages))]
+    return [
+        to_pieces(
+            sample.messages,
+            data_args.train_on,
+            learn_no_thinking=data_args.learn_no_thinking,
+            first_learnt=sample.first_learnt,
+            as_earlier=isinstance(data_args, EarlierDataArguments),
+        )
+        for sample in samples
+    ]
 
 
 def render_batch(
@@ -207,18 +230,31 @@ def render_batch(
 ) -> dict[str, list[Any]]:
     """A batch of conversations as `input_ids` and `labels`, cut at `cut_at` tokens if it is set.
 
-    `num_tokens` is the length before the cut, `num_loss_tokens` counts after it.
+    There is a row for each sample; `sample` numbers those of a conversation from 1 to
+    `num_samples`. `num_tokens` is the length before the cut, `num_loss_tokens` counts after it.
+    `num_choices_left_out` counts the messages of which the choice to think is not in the loss.
     """
-    input_ids, labels = encoder.encode(
-        [pieces_of(text, data_args) for text in rows["conversation"]]
-    )
+    of_rows = [samples_of(text, data_args) for text in rows["conversation"]]
+    samples = [pieces for of_row in of_rows for pieces in of_row]
+    input_ids, labels = encoder.encode(samples)
     labels = [row[:cut_at] for row in labels]
     return {
         "input_ids": [row[:cut_at] for row in input_ids],
         "labels": labels,
         "num_tokens": [len(row) for row in input_ids],
         "num_loss_tokens": [len(row) - row.count(-100) for row in labels],
+        "num_choices_left_out": [choices_left_out(pieces) for pieces in samples],
+        "sample": [number + 1 for of_row in of_rows for number in range(len(of_row))],
+        "num_samples": [len(of_row) for of_row in of_rows for _ in of_row],
     }
+
+
+def choices_left_out(pieces: list[Piece]) -> int:
+    """How many channels' names are not in the loss although the model writes them."""
+    return sum(
+        before.text == CHANNEL and before.is_control and before.in_loss and not name.in_loss
+        for before, name in pairwise(pieces)
+    )
 
 
 def render_all(
@@ -228,7 +264,7 @@ def render_all(
     *,
     cut_at: int | None = None,
 ) -> Dataset:
-    """All conversations, in order, with the columns of render_batch."""
+    """The samples of all conversations, in order, with the columns of render_batch."""
     return rows.map(
         render_batch,
         batched=True,
@@ -245,10 +281,10 @@ def tokenize(
     *,
     max_length: int | None,
 ) -> Dataset:
-    """The conversations as `input_ids` and `labels`, without those that cannot be trained on.
+    """The conversations as `input_ids` and `labels`, without what cannot be trained on.
 
-    Left out are conversations longer than max_length tokens (cut there with --truncate true) and
-    those with no token in the loss. Prints how many. Raises UserError if nothing is left.
+    Left out are samples longer than max_length tokens (cut there with --truncate true) and those
+    with no token in the loss. Prints how many. Raises UserError if nothing is left.
     """
     tokens = render_all(
         rows, tokenizer, data_args, cut_at=max_length if data_args.truncate else None
@@ -262,6 +298,11 @@ def tokenize(
         f"data: {len(rows)} conversations ({shapes}), {lengths.sum():,} tokens, "
         f"median length {int(np.median(lengths))}, longest {lengths.max()}"
     ]
+    if len(tokens) > len(rows):
+        parts.append(
+            f"{len(tokens)} samples, so that the thinking of every turn is learnt: "
+            f"{extra_tokens(tokens):,} tokens more"
+        )
     if is_long.any():
         action = "cut" if data_args.truncate else "left out"
         parts.append(f"{is_long.sum()} longer than max_length={max_length} {action}")
@@ -273,7 +314,8 @@ def tokenize(
         PartialState().print(f"warning: {line}")
     if not is_kept.any():
         raise UserError(
-            f"nothing is left to train on: of {len(rows)} conversations, {is_long.sum()} are "
+            f"nothing is left to train on: of {len(tokens)} "
+            f"{'samples' if len(tokens) > len(rows) else 'conversations'}, {is_long.sum()} are "
             f"longer than max_length={max_length} (raise it, or cut them with --truncate true) "
             f"and {is_empty.sum()} have no token in the loss"
         )
@@ -298,6 +340,14 @@ def first_warnings(rows: Dataset) -> list[str]:
         if len(lines) >= MAX_PROBLEMS:
             break
     return list(lines)[:MAX_PROBLEMS]
+
+
+def extra_tokens(tokens: Dataset) -> int:
+    """The tokens of all samples but the last of each conversation. tokens: what render_all made."""
+    lengths, sample, last = (
+        tokens.data[name].to_numpy() for name in ("num_tokens", "sample", "num_samples")
+    )
+    return int(lengths[sample < last].sum())
 
 
 def count_tokens(dataset: Dataset) -> int:

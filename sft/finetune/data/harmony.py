@@ -1,13 +1,14 @@
 """OpenAI's harmony format: conversations as tokens, and which of the tokens are in the loss.
 
-The reference is openai-harmony 0.0.8, the renderer with which vLLM serves gpt-oss. The tests
-compare the two token for token. A message is encoded piece by piece: control tokens become their
-ids, and everything else is encoded as text. A `<|start|>` that a user typed therefore stays text.
+The reference is oss-harmony 0.0.11, the renderer with which vLLM 0.33.0 serves gpt-oss: a fork of
+openai-harmony. The tests compare the two token for token. A message is encoded piece by piece:
+control tokens become their ids, and everything else is encoded as text. A `<|start|>` that a user
+typed therefore stays text.
 
 The chat template of the published checkpoints differs from the renderer. This module follows the
 renderer:
 
-    chat template                                     openai-harmony and this module
+    chat template                                     oss-harmony and this module
     the developer message ends with a blank line      there is no blank line
     some tool schemas become `any` or `object`        TypeScript for every schema (tool_schema.py)
     a call's content type is `json`                   it is `<|constrain|>json`
@@ -18,8 +19,17 @@ renderer:
                                                       channel, after the analysis
     only the first message can hold instructions      every system or developer message can
 
-vLLM (at commit 6a22fe6, harmony_utils.py) does not always give the renderer the messages that the
-renderer's defaults or OpenAI's documentation of the format suggest:
+oss-harmony differs from openai-harmony 0.0.8 in the place of the recipient:
+
+    openai-harmony    <|start|>assistant to=functions.f<|channel|>commentary <|constrain|>json
+    oss-harmony       <|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json
+
+The second is what the model itself writes (docs/format.md of openai-harmony), and what it reads in
+its prompts from vLLM, so it is learnt. The same goes for tools' results (`to=assistant`), which are
+never in the loss. Only on other channels than commentary the recipient precedes the channel.
+
+vLLM (at commit 8fada2f, chat_completion/harmony.py) does not always give the renderer the messages
+that the renderer's defaults or OpenAI's documentation of the format suggest:
 
     vLLM                                              this module
     drops all analysis before the last final message  does the same, because that is what the model
@@ -27,24 +37,26 @@ renderer's defaults or OpenAI's documentation of the format suggest:
                                                       analysis before the first final message
                                                       (openai/harmony#96), which makes a difference
                                                       from the third user turn on
-    writes earlier calls with `json` alone            writes `<|constrain|>json`, as the model does
-                                                      itself; vLLM calls this the official form
+    gives earlier calls the content type `json`       writes `<|constrain|>json`, as oss-harmony
+                                                      renders that type
     puts an earlier preamble before its analysis      puts the analysis first, as the model does
     without tools, leaves `commentary` out of the     always names all three channels, which is the
     valid channels                                    renderer's default
 
 The tokens in the loss are those that the model writes when it is served, with one exception: the
-header of a message in a turn that has shown no analysis so far, whichever channel the message is
-on. A turn is everything the assistant writes, with the results of its tools, until the user speaks
-again. Either the data has no analysis for the turn, or it was dropped because the turn is over. To
-train on ` to=functions.add` or `<|channel|>final` there would teach the model to skip thinking. The
-content of such a message and the token that ends it are in the loss, its header is not. With
-learn_no_thinking the header is in the loss too.
+channel's name in a turn that has shown no analysis so far. There the model chooses whether to think
+first. A turn is everything the assistant writes, with the results of its tools, until the user
+speaks again. Either the data has no analysis for the turn, or it was dropped because the turn is
+over. To train on `commentary` or `final` there would teach the model to skip thinking. The rest of
+the message is in the loss: `<|channel|>`, the recipient, the type, the content, and the token that
+ends it. With learn_no_thinking the channel's name is in the loss too.
 
 Once a turn has shown analysis, it shows where the model thinks and where it goes on without. From
-there on every message is in the loss with its header: a preamble, a call or an answer that has no
-analysis of its own, whether it comes directly after the analysis or after a tool's result. A turn
-without any analysis shows neither, so none of its headers is in the loss.
+there on every message is in the loss with all of its header: a preamble, a call or an answer that
+has no analysis of its own, whether it comes directly after the analysis or after a tool's result. A
+turn without any analysis shows neither: after a tool's result the model could think as well.
+
+samples.py makes a sample of each turn whose analysis later prompts lack, so that all is learnt.
 """
 
 import json
@@ -97,6 +109,18 @@ class Message:
 
 
 def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: str) -> list[Message]:
+    """Harmony's messages as the model reads them in the last turn: without past turns' thinking.
+
+    See all_messages for the arguments.
+    """
+    return drop_past_analysis(
+        all_messages(conversation, date=date, reasoning_effort=reasoning_effort)
+    )
+
+
+def all_messages(
+    conversation: dict[str, Any], *, date: str, reasoning_effort: str
+) -> list[Message]:
     """Turn a conversation, as conversations.py returns it, into harmony's messages.
 
     date: the current date in the system message, as YYYY-MM-DD. reasoning_effort: used if the
@@ -122,7 +146,7 @@ def to_messages(conversation: dict[str, Any], *, date: str, reasoning_effort: st
             messages.append(Message(author, turn["content"], "commentary", "assistant"))
         else:
             messages.append(Message("user", turn["content"]))
-    return drop_past_analysis(messages)
+    return messages
 
 
 def system_message(*, date: str, reasoning_effort: str, has_tools: bool) -> Message:
@@ -157,13 +181,14 @@ def drop_past_analysis(messages: list[Message]) -> list[Message]:
 
     This is exactly what vLLM drops from the prompt for the last turn.
     """
+    past = past_end(messages)
+    return [m for number, m in enumerate(messages) if number >= past or m.channel != "analysis"]
+
+
+def past_end(messages: list[Message]) -> int:
+    """The index of the last final message that a user's message follows; 0 if there is none."""
     last_user = last_index(messages, author="user")
-    last_final = last_index(messages[: max(last_user, 0)], channel="final")
-    return [
-        message
-        for number, message in enumerate(messages)
-        if message.channel != "analysis" or number > last_final
-    ]
+    return max(last_index(messages[: max(last_user, 0)], channel="final"), 0)
 
 
 def last_index(messages: list[Message], **fields: str) -> int:
@@ -177,20 +202,26 @@ def last_index(messages: list[Message], **fields: str) -> int:
 
 
 def to_pieces(
-    messages: list[Message], train_on: TrainOn = "assistant", *, learn_no_thinking: bool = False
+    messages: list[Message],
+    train_on: TrainOn = "assistant",
+    *,
+    learn_no_thinking: bool = False,
+    first_learnt: int = 0,
+    as_earlier: bool = False,
 ) -> list[Piece]:
     """The pieces of a conversation in order, each marked as in the loss or not.
 
-    See the module's docstring for the rule. It treats a message in three parts:
+    first_learnt: the messages before this one are not in the loss. as_earlier: for runs begun under
+    training rules 1 or 2; see EarlierDataArguments. The module's docstring has the rule. It treats
+    a message in three parts:
 
     - `<|start|>assistant`. The server writes it at the beginning of a turn and after a tool's
       result. It is in the loss where the model writes it: between two messages of its own.
-    - The rest of the header, through `<|message|>`. It is in the loss if the turn has shown
-      analysis, or with learn_no_thinking.
-    - The content and the token that ends it. They are always in the loss.
+    - The channel's name, with which the model chooses whether to think first. It is in the loss if
+      the turn has shown analysis, or with learn_no_thinking.
+    - The rest of the header, the content, and the token that ends it. They are always in the loss.
     """
     last_user = last_index(messages, author="user")
-    is_everything = train_on == "everything"
     has_shown_analysis = False  # in the present turn
     pieces: list[Piece] = []
     for number, message in enumerate(messages):
@@ -198,19 +229,21 @@ def to_pieces(
             has_shown_analysis = False
         elif message.channel == "analysis":
             has_shown_analysis = True
-        is_trained = message.author == "assistant" and message.in_loss
+        is_everything = train_on == "everything" and number >= first_learnt
+        is_trained = message.author == "assistant" and message.in_loss and number >= first_learnt
         if train_on == "last_turn":
             is_trained = is_trained and number > last_user
         # After a call the model waits for the result, and the server opens the next message.
         before = messages[number - 1] if number else None
         model_opens = before is not None and before.author == "assistant" and not before.is_call
+        choice_in_loss = is_trained and (has_shown_analysis or learn_no_thinking)
         pieces += message_pieces(
             message,
             ends_conversation=number == len(messages) - 1,
             start_in_loss=is_everything or (is_trained and model_opens),
-            header_in_loss=is_everything
-            or (is_trained and (has_shown_analysis or learn_no_thinking)),
+            choice_in_loss=is_everything or choice_in_loss,
             content_in_loss=is_everything or is_trained,
+            as_earlier=as_earlier,
         )
     return pieces
 
@@ -220,22 +253,30 @@ def message_pieces(
     *,
     ends_conversation: bool,
     start_in_loss: bool,
-    header_in_loss: bool,
+    choice_in_loss: bool,
     content_in_loss: bool,
+    as_earlier: bool = False,
 ) -> list[Piece]:
-    """`<|start|>AUTHOR to=RECIPIENT<|channel|>CHANNEL <|constrain|>TYPE<|message|>CONTENT<|end|>`.
+    """`<|start|>AUTHOR<|channel|>CHANNEL to=RECIPIENT <|constrain|>TYPE<|message|>CONTENT<|end|>`.
 
-    The recipient, the channel and the type are left out where the message has none.
+    The recipient, the channel and the type are left out where the message has none. choice_in_loss
+    is for the channel's name or, as_earlier, for the whole header after the author.
     """
-    start = [(START, True), (message.author, False)]
-    header = []
+    rest_in_loss = choice_in_loss if as_earlier else content_in_loss
+    recipient, channel, constrain = [], [], []
     if message.recipient is not None:
-        header.append((f" to={message.recipient}", False))
+        recipient = [Piece(f" to={message.recipient}", False, rest_in_loss)]
     if message.channel is not None:
-        header += [(CHANNEL, True), (message.channel, False)]
+        name = Piece(message.channel, False, choice_in_loss)
+        channel = [Piece(CHANNEL, True, rest_in_loss), name]
     if message.constrain is not None:
-        header += [(" ", False), (CONSTRAIN, True), (message.constrain, False)]
-    header.append((MESSAGE, True))
+        constrain = [
+            Piece(" ", False, rest_in_loss),
+            Piece(CONSTRAIN, True, rest_in_loss),
+            Piece(message.constrain, False, rest_in_loss),
+        ]
+    # oss-harmony writes the recipient behind the commentary channel only, and openai-harmony never.
+    recipient_last = message.channel == "commentary" and not as_earlier
     # The model ends its last answer with <|return|>. In the prompt of a later turn the same answer
     # ends with <|end|>.
     if ends_conversation and message.channel == "final":
@@ -243,8 +284,11 @@ def message_pieces(
     else:
         end = CALL if message.is_call else END
     return [
-        *(Piece(text, is_control, start_in_loss) for text, is_control in start),
-        *(Piece(text, is_control, header_in_loss) for text, is_control in header),
+        Piece(START, True, start_in_loss),
+        Piece(message.author, False, start_in_loss),
+        *(channel + recipient if recipient_last else recipient + channel),
+        *constrain,
+        Piece(MESSAGE, True, rest_in_loss),
         Piece(message.content, False, content_in_loss),
         Piece(end, True, content_in_loss),
     ]

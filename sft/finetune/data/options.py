@@ -23,8 +23,16 @@ class DataArguments:
     learn_no_thinking: bool = field(
         default=False,
         metadata={
-            "help": "Also train on the message headers that skip thinking, in turns without any "
-            "thinking. This teaches the model to answer without thinking."
+            "help": "Also train on the choice not to think, in turns without any thinking. This "
+            "teaches the model to answer without thinking."
+        },
+    )
+    learn_past_thinking: bool = field(
+        default=True,
+        metadata={
+            "help": "Learn the thinking of every turn: a conversation becomes a sample for each "
+            "turn whose thinking the server drops from later prompts. With false it is one "
+            "sample, and of its thinking only that of the last turn is learnt."
         },
     )
     reasoning_effort: Literal["low", "medium", "high"] = field(
@@ -55,6 +63,17 @@ class DataArguments:
             "has an effect only together with --eval_strategy."
         },
     )
+
+
+@dataclass(frozen=True)
+class EarlierDataArguments(DataArguments):
+    """The flags of a run begun under training rules 1 or 2, which goes on by them.
+
+    A conversation is one sample; the recipient of a call stands before the channel; and in a turn
+    without thinking all of the header is left out of the loss.
+    """
+
+    learn_past_thinking: bool = False
 
 
 def check_data_arguments(data: DataArguments) -> None:

@@ -5,6 +5,7 @@ of its training data.
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 
 from datasets import Dataset
 
@@ -47,7 +48,9 @@ def conversations_of_run(
             conversation = json.dumps({"messages": BUILT_IN})
             rows = Dataset.from_dict({"conversation": [conversation], "shape": ["messages"]})
             description = "a built-in conversation, for the run's dataset cannot be read here"
-        tokens = render_all(rows, tokenizer, record.data, cut_at=MAX_TOKENS)
+        # One sample of each conversation is enough to compare on.
+        data_args = replace(record.data, learn_past_thinking=False)
+        tokens = render_all(rows, tokenizer, data_args, cut_at=MAX_TOKENS)
     return [{name: row[name] for name in ("input_ids", "labels")} for row in tokens], description
 
 
