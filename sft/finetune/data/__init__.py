@@ -17,7 +17,7 @@ tools, calls                  functions, their calls, and which call a result an
 turns                         who speaks after whom
 values                        null, blank, JSON in text and text as JSON
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
-samples.split_samples         a sample for each turn whose thinking later prompts lack
+turn_samples.split_samples    a sample for each turn whose thinking later prompts lack
 harmony_parser.ChannelReader  tokens read back: their channels, and whether a turn is valid
 tool_schema.tools_section     tools as the TypeScript that gpt-oss reads
 """

@@ -30,8 +30,8 @@ from finetune.data.harmony import (
     to_pieces,
 )
 from finetune.data.options import DataArguments, EarlierDataArguments
-from finetune.data.samples import Sample, split_samples
 from finetune.data.sources import Source, is_file, parse_sources, read_hub, rows_of_hub
+from finetune.data.turn_samples import Sample, split_samples
 from finetune.errors import UserError
 
 MAX_PROBLEMS = 20  # how many problems of a dataset an error lists

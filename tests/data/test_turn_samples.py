@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from finetune.data.conversations import to_conversation
 from finetune.data.harmony import Encoder, all_messages, to_messages, to_pieces
 from finetune.data.options import TrainOn
-from finetune.data.samples import split_samples
+from finetune.data.turn_samples import split_samples
 from helpers.harmony_reference import DATE, reference
 from helpers.harmony_strategies import SLOW, conversations
 from helpers.rows import ASSISTANT, CALL, RESULT, USER, WITHOUT_THINKING
