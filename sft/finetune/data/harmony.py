@@ -56,7 +56,7 @@ there on every message is in the loss with all of its header: a preamble, a call
 has no analysis of its own, whether it comes directly after the analysis or after a tool's result. A
 turn without any analysis shows neither: after a tool's result the model could think as well.
 
-turn_samples.py makes a sample of each turn whose analysis later prompts lack, so that all is learnt.
+turn_samples.py makes a sample of each turn whose analysis later prompts lack: all of it is learnt.
 """
 
 import json
