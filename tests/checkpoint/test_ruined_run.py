@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.checkpoint.artifact import is_finished
-from finetune.checkpoint.fingerprint import read_record, read_training_rules
+from finetune.checkpoint.fingerprint import launch_rules, read_record
 from finetune.checkpoint.history import conversation_date, interruption_cost, read_launches
 from finetune.checkpoint.resume import find_checkpoint, resume_from
 from finetune.errors import UserError
@@ -63,7 +63,7 @@ def launch(run_dir: Path) -> Path | None:
     assert resume_from("true", run_dir) == found or found is None
     if found is not None:
         assert read_record(found).model == "model"
-        assert read_training_rules(found) == 1
+        assert launch_rules("true", str(run_dir)) == 1
     interruption_cost(read_launches(run_dir))
     return found
 

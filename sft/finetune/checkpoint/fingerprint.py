@@ -302,8 +302,7 @@ def launch_rules(resume_flag: str | None, run_dir: str) -> int:
         checkpoint = Path(resume_flag) if check_complete(Path(resume_flag)) is None else None
     if checkpoint is None:
         return TRAINING_RULES
-    rules = read_manifest(checkpoint).get("fingerprint", {}).get("training_rules", 1)
-    return min(rules, TRAINING_RULES)
+    return min(read_record(checkpoint).training_rules, TRAINING_RULES)
 
 
 def is_same_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, file: Path) -> bool:
