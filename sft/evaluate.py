@@ -61,6 +61,7 @@ from trl.trainer.utils import add_fused_lm_head
 from finetune.checkpoint.artifact import ARTIFACT, EVALUATION
 from finetune.checkpoint.contents import naming
 from finetune.checkpoint.summary_file import SUMMARY
+from finetune.credentials import without_secrets
 from finetune.data.dataset import tokenize
 from finetune.errors import one_line_errors
 from finetune.evaluation.comparison import TestSet, compare_evaluations, evaluate_model
@@ -99,7 +100,7 @@ def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
 
     evaluation = {
         "model": args.model or run.model,
-        "dataset": args.dataset or f"{run.dataset}, held out",
+        "dataset": without_secrets(args.dataset or f"{run.dataset}, held out"),
         "conversations": len(test_set.tokens),
         **compare_evaluations(before, after, test_set.prompts),
     }

@@ -52,6 +52,7 @@ from finetune.checkpoint.history import (
 from finetune.checkpoint.ownership import check_later_steps
 from finetune.checkpoint.resume import resume_from
 from finetune.checkpoint.saver import Saver
+from finetune.credentials import without_secrets
 from finetune.data.dataset import load_datasets, mean_length
 from finetune.errors import one_line_errors, only_warn
 from finetune.model.attention import choose_attention
@@ -96,6 +97,7 @@ def main() -> None:
     check_spelling()
     check_gpus()
     config = parse_args()
+    sys.argv[1:] = map(without_secrets, sys.argv[1:])  # W&B records the command
     check_output_dir(config.training.output_dir)
     set_seed(config.training.seed)
     data = load_data(config)

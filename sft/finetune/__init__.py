@@ -4,5 +4,5 @@ Imports point one way, from the scripts down (tests/test_imports.py checks it):
 
     scripts -> benchmark -> training, evaluation, export -> checkpoint -> arguments -> data, model
             -> task_file, node, launcher, preemption, rendezvous, summary, plot, command_line
-            -> errors
+            -> errors -> credentials
 """

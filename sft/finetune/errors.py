@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from safetensors import SafetensorError
 
+from finetune.credentials import without_secrets
+
 # Read-only, not permitted, broken, or a mount whose other end has gone.
 LOST_DISK = (
     errno.EROFS,
@@ -53,13 +55,14 @@ def only_warn(action: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a library raises, the run's result matters more
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = without_secrets(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"warning: {action}: {reason}".encode("ascii", "replace").decode(), flush=True)
 
 
 def fail(message: str) -> NoReturn:
     """Print `error: message`, its further lines indented, once, and exit with status 1."""
     if is_first_to_fail():
+        message = without_secrets(message)
         lines = [" ".join(line.split()) for line in message.splitlines()]
         # An error may quote data; what would steer the terminal is written out.
         lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]

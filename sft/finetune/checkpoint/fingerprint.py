@@ -22,6 +22,7 @@ from finetune.checkpoint.manifest import (
     newest_checkpoint,
     read_manifest,
 )
+from finetune.credentials import without_secrets
 from finetune.data.dataset import load_splits
 from finetune.data.options import DataArguments, EarlierDataArguments
 from finetune.errors import UserError
@@ -169,6 +170,8 @@ class RunRecord:
         def pick(names: Iterable[str]) -> dict[str, Any]:
             return {name: values[name] for name in names if name in values}
 
+        # Versions before this one recorded credentials too.
+        values = values | {"dataset": without_secrets(values["dataset"])}
         return cls(
             **pick(own),
             data=data_by_rules(DataArguments(**pick(data)), values.get("training_rules", 1)),
@@ -217,7 +220,8 @@ def run_record(
     return RunRecord(
         model=config.model_id,
         model_revision=model_revision(config.model_id, revision=model.model_revision),
-        dataset=config.dataset,
+        # A URL that is signed anew is the same data; and its signature is nobody else's business.
+        dataset=without_secrets(config.dataset),
         seed=training.seed,
         use_peft=model.use_peft,
         data=replace(

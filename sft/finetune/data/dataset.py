@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import PreTrainedTokenizerBase
 from trl import ScriptArguments, SFTConfig
 
+from finetune.credentials import without_secrets
 from finetune.data.checks import EXAMPLE, Row
 from finetune.data.conversations import SHAPES, BadRow, read_row, shape_of
 from finetune.data.files import DataFile, find_files
@@ -101,7 +102,7 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
     if is_file(source.name):
         found = find_files(source.name, split=split)
         for note in found.notes:
-            PartialState().print(f"data: {source.name}: {note}")
+            PartialState().print(without_secrets(f"data: {source.name}: {note}"))
         kwargs = {"name": source.name, "files": found.files}
     else:
         kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
