@@ -93,7 +93,7 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
     if not data_args.conversation_start_date:
         data_args = replace(data_args, conversation_start_date=date.today().isoformat())
     with redirect_stdout(sys.stderr):  # so that --json prints JSON alone
-        rows = load_conversations(args.dataset)
+        rows = load_conversations(args.dataset, skip_bad_rows=data_args.skip_bad_rows)
         tokenizer = load_tokenizer(args.tokenizer)
         tokens = render_all(rows, tokenizer, data_args)
     is_first = tokens.data["sample"].to_numpy() == 1

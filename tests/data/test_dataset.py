@@ -257,3 +257,16 @@ def test_a_converter_that_changes_is_not_served_the_cache_of_the_old_one(tmp_pat
     for module in (code / "finetune/data").glob("*.py"):
         module.write_text(module.read_text().replace('"prompt and completion"', '"question"'))
     assert shape() == "question"
+
+
+def test_bad_rows_are_left_out_and_named_with_skip_bad_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_rows(tmp_path / "my.jsonl", ROW, {"messages": 7}, ROW)
+    for _ in range(2):  # the second time from the cache
+        rows = load_conversations(str(file), skip_bad_rows=True)
+        assert len(rows) == 2 and None not in rows["conversation"]
+        printed = capsys.readouterr().out
+        assert "1 bad rows left out" in printed and f"{file}:2: the messages are not" in printed
+    with pytest.raises(UserError, match="not a list of objects"):
+        load_conversations(str(file))

@@ -141,6 +141,7 @@ class RunRecord:
             script_args,
             eval_strategy=self.eval_strategy,
             test_split_size=self.data.test_split_size,
+            skip_bad_rows=self.data.skip_bad_rows,
             seed=self.seed,
         )
 

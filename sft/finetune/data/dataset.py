@@ -56,6 +56,7 @@ def load_datasets(
             script_args,
             eval_strategy=training_args.eval_strategy,
             test_split_size=data_args.test_split_size,
+            skip_bad_rows=data_args.skip_bad_rows,
             seed=training_args.seed,
         )
         max_length = training_args.max_length
@@ -66,7 +67,12 @@ def load_datasets(
 
 
 def load_splits(
-    script_args: ScriptArguments, *, eval_strategy: str, test_split_size: float, seed: int
+    script_args: ScriptArguments,
+    *,
+    eval_strategy: str,
+    test_split_size: float,
+    seed: int,
+    skip_bad_rows: bool = False,
 ) -> tuple[Dataset, Dataset | None]:
     """The conversations to train on, and those held out (None if eval_strategy is "no").
 
@@ -74,28 +80,40 @@ def load_splits(
     same arguments give the same split, so that evaluate.py finds what a run has not seen.
     """
     name, config = script_args.dataset_name, script_args.dataset_config
-    rows = load_conversations(name, config=config, split=script_args.dataset_train_split)
+    rows = load_conversations(
+        name, config=config, split=script_args.dataset_train_split, skip_bad_rows=skip_bad_rows
+    )
     if eval_strategy == "no":
         return rows, None
     if test_split_size:
         parts = rows.train_test_split(test_split_size, seed=seed)
         return parts["train"], parts["test"]
-    return rows, load_conversations(name, config=config, split=script_args.dataset_test_split)
-
-
-def load_conversations(text: str, *, config: str | None = None, split: str = "train") -> Dataset:
-    """All conversations of the sources in `text`, as JSON in the column `conversation`.
-
-    The column `shape` has the name of the shape that the row was in. Raises UserError with the
-    file, the line and the problem of up to MAX_PROBLEMS bad rows.
-    """
-    sources = parse_sources(text)
-    return concatenate_datasets(
-        [repeat(load_source(source, config, split), source.weight) for source in sources]
+    return rows, load_conversations(
+        name, config=config, split=script_args.dataset_test_split, skip_bad_rows=skip_bad_rows
     )
 
 
-def load_source(source: Source, config: str | None, split: str) -> Dataset:
+def load_conversations(
+    text: str, *, config: str | None = None, split: str = "train", skip_bad_rows: bool = False
+) -> Dataset:
+    """All conversations of the sources in `text`, as JSON in the column `conversation`.
+
+    The column `shape` has the name of the shape that the row was in. Raises UserError with the
+    file, the line and the problem of up to MAX_PROBLEMS bad rows; with skip_bad_rows these are
+    left out and printed instead.
+    """
+    sources = parse_sources(text)
+    return concatenate_datasets(
+        [
+            repeat(load_source(source, config, split, skip_bad_rows=skip_bad_rows), source.weight)
+            for source in sources
+        ]
+    )
+
+
+def load_source(
+    source: Source, config: str | None, split: str, *, skip_bad_rows: bool = False
+) -> Dataset:
     """The conversations of one source, from the cache if it has not changed."""
     # These arguments are the key of the cache, so a changed file is read again.
     kwargs: dict[str, Any]
@@ -106,7 +124,7 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
         kwargs = {"name": source.name, "files": found.files}
     else:
         kwargs = {"name": source.name, "hub": read_hub(source.name, config=config, split=split)}
-    kwargs["code"] = hash_of_code()
+    kwargs |= {"code": hash_of_code(), "skip_bad_rows": skip_bad_rows}
     features = Features(
         {
             "conversation": Value("large_string"),
@@ -116,7 +134,8 @@ def load_source(source: Source, config: str | None, split: str) -> Dataset:
         }
     )
     try:
-        return Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
+        rows = Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
+        return without_bad_rows(rows, source.name) if skip_bad_rows else rows
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -134,6 +153,23 @@ def hash_of_code() -> str:
     return code.hexdigest()
 
 
+def without_bad_rows(rows: Dataset, name: str) -> Dataset:
+    """The rows that could be read; prints the others' number and names the first of them.
+
+    Raises UserError if there are none.
+    """
+    is_bad = pc.is_null(rows.data["conversation"]).to_numpy()
+    if not is_bad.any():
+        return rows
+    bad = rows.select(np.flatnonzero(is_bad))
+    PartialState().print(f"data: {name}: {len(bad)} bad rows left out (--skip_bad_rows)")
+    for line in first_warnings(bad):
+        PartialState().print(f"  {line}")
+    if is_bad.all():
+        raise UserError(f"dataset {name!r}: no row is left; the first: {first_warnings(bad)[0]}")
+    return rows.select(np.flatnonzero(~is_bad))
+
+
 def repeat(dataset: Dataset, weight: float) -> Dataset:
     """Every row floor(weight) times, and a random share of the rows once more."""
     times, share = int(weight), weight - int(weight)
@@ -146,9 +182,16 @@ def repeat(dataset: Dataset, weight: float) -> Dataset:
 
 
 def conversations_of(
-    name: str, files: list[DataFile] | None = None, hub: Dataset | None = None, code: str = ""
+    name: str,
+    files: list[DataFile] | None = None,
+    hub: Dataset | None = None,
+    code: str = "",
+    skip_bad_rows: bool = False,
 ) -> Iterator[Row]:
-    """Yield the conversation of every row. Raises UserError at the end if there were bad rows."""
+    """Yield the conversation of every row. Raises UserError at the end if there were bad rows.
+
+    With skip_bad_rows a bad row is a null with its problems under `warnings`.
+    """
     problems: list[str] = []
     num_rows = num_problems = 0
     for where, row in rows_of(name, files, hub):
@@ -165,6 +208,14 @@ def conversations_of(
                 "warnings": [f"{where}: {warning}" for warning in findings.warnings],
             }
         except BadRow as error:
+            if skip_bad_rows:
+                yield {
+                    "conversation": None,
+                    "shape": None,
+                    "notes": [],
+                    "warnings": [f"{where}: {problem}" for problem in error.args],
+                }
+                continue
             num_problems += len(error.args)
             problems += [f"{where}: {problem}" for problem in error.args]
             del problems[MAX_PROBLEMS:]

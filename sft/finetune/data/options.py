@@ -56,6 +56,13 @@ class DataArguments:
             "out."
         },
     )
+    skip_bad_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave out the rows that cannot be read, and name them, instead of refusing "
+            "the whole dataset."
+        },
+    )
     test_split_size: float = field(
         default=0.0,
         metadata={
