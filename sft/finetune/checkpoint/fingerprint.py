@@ -116,6 +116,8 @@ class RunRecord:
             del values["training_rules"]
         if self.training_rules < 3:
             del values["learn_past_thinking"]
+        if not self.data.skip_bad_rows:  # as in the records of runs that could not skip any
+            del values["skip_bad_rows"]
         return values
 
     def identity(self) -> dict[str, Any]:
