@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from openai_harmony import HarmonyEncoding
 from transformers import PreTrainedTokenizerBase
@@ -97,12 +98,16 @@ def until_user(conversation: dict[str, Any], number: int) -> dict[str, Any]:
     return conversation | {"messages": turns[: [*users, len(turns)][number]]}
 
 
+@pytest.fixture(scope="module")
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    return Encoder(tokenizer)
+
+
 @settings(SLOW, max_examples=200)
 @given(conversation=conversations())
 def test_a_sample_is_vllms_prompt_for_its_last_turn_and_that_turn(
-    tokenizer: PreTrainedTokenizerBase, vllms: HarmonyEncoding, conversation: dict[str, Any]
+    encoder: Encoder, vllms: HarmonyEncoding, conversation: dict[str, Any]
 ) -> None:
-    encoder = Encoder(tokenizer)
     for messages, _ in split_samples(all_messages(conversation, **RENDERING)):
         number = sum(message.author == "user" for message in messages)
         expected = reference(vllms, until_user(conversation, number))

@@ -306,7 +306,8 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.ids = {token: tokenizer.get_vocab().get(token) for token in CONTROL_TOKENS}
+        vocabulary = tokenizer.get_vocab()  # a copy of all 201,088 entries
+        self.ids = {token: vocabulary.get(token) for token in CONTROL_TOKENS}
         missing = [token for token, number in self.ids.items() if number is None]
         if missing:
             raise UserError(
