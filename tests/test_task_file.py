@@ -83,7 +83,7 @@ def test_train_args_of_the_environment_stand_in(
 
 
 def test_nothing_but_the_flags_is_run(tmp_path: Path) -> None:
-    file = edited(tmp_path, "  set -e\n  trap", f"  touch {tmp_path}/ran\n  set -e\n  trap")
+    file = edited(tmp_path, "  set -e +m", f"  touch {tmp_path}/ran\n  set -e +m")
     TaskFile.read(file)
     assert not (tmp_path / "ran").exists()
 

@@ -36,7 +36,7 @@ CASES = {
         "<|start|>user<|message|>Q<|end|><|start|>assistant<|channel|>final<|message|>WRONG ANSWER<|end|><|start|>user<|message|>No.<|end|><|start|>assistant«<|channel|>final<|message|>RIGHT<|return|>»"
     ],
     "F04_tool_result_object.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>{"temp": -3}<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>{"temp": -3}<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
     ],
     "F05_empty_user.jsonl": ["refused: messages[0] has empty `content`"],
     "F05b_empty_system.jsonl": [
@@ -55,43 +55,43 @@ CASES = {
         "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>analysis<|message|>Oslo is north.<|end|><|start|>assistant<|channel|>final<|message|>It is cold.<|return|>»"
     ],
     "F07c_tool_call_tags.jsonl": [
-        '<|start|>developer<|message|># Instructions\n\nYou call functions.\n\n# Tools\n\n## functions\n\nnamespace functions {\n\n// Weather now.\ntype get_weather = (_: {\n// City\ncity: string,\n}) => any;\n\n} // namespace functions<|end|><|start|>user<|message|>Weather?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»'
+        '<|start|>developer<|message|># Instructions\n\nYou call functions.\n\n# Tools\n\n## functions\n\nnamespace functions {\n\n// Weather now.\ntype get_weather = (_: {\n// City\ncity: string,\n}) => any;\n\n} // namespace functions<|end|><|start|>user<|message|>Weather?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»'
     ],
     "F08_alpaca_history.jsonl": [
         "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>final<|message|>Cold.<|end|>»<|start|>user<|message|>And in Rome?<|end|><|start|>assistant«<|channel|>final<|message|>Warm.<|return|>»"
     ],
     "F08b_function_call.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»'
     ],
     "F08c_functions_column.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
     ],
     "F08e_system_prompt.jsonl": [
         "<|start|>developer<|message|># Instructions\n\nTalk like a pirate.<|end|><|start|>user<|message|>Hi<|end|><|start|>assistant«<|channel|>final<|message|>Hello<|return|>»"
     ],
     "F08f_images.jsonl": ["refused: `images`: gpt-oss reads text only"],
     "F09_nulls_in_exported_jsonl.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»',
-        '<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n// Adds.\ntype add = (_: {\na: number,\nb: number,\n}) => any;\n\n} // namespace functions<|end|><|start|>user<|message|>2+3?<|end|><|start|>assistant« to=functions.add<|channel|>commentary <|constrain|>json<|message|>{"a": 2, "b": 3}<|call|>»<|start|>functions.add to=assistant<|channel|>commentary<|message|>5<|end|><|start|>assistant«<|channel|>final<|message|>5<|return|>»',
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»',
+        '<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\n// Adds.\ntype add = (_: {\na: number,\nb: number,\n}) => any;\n\n} // namespace functions<|end|><|start|>user<|message|>2+3?<|end|><|start|>assistant«<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 2, "b": 3}<|call|>»<|start|>functions.add<|channel|>commentary to=assistant<|message|>5<|end|><|start|>assistant«<|channel|>final<|message|>5<|return|>»',
     ],
     "F10_input_schema.jsonl": [
         "TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»",
         "TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»",
     ],
     "F11_blank_preamble.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
     ],
     "F14_keyerror_messages_object.jsonl": [
         "<|start|>user<|message|>Hi<|end|><|start|>assistant«<|channel|>final<|message|>Hello<|return|>»"
     ],
     "F15_text_then_call.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary<|message|>Let me check.<|end|><|start|>assistant to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>Cold.<|return|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary<|message|>Let me check.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>Cold.<|return|>»'
     ],
     "F15c_harmony_native.jsonl": [
         "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>analysis<|message|>Oslo is north.<|end|><|start|>assistant<|channel|>final<|message|>It is cold.<|return|>»"
     ],
     "F16_legacy_function_call.jsonl": [
-        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
+        'TOOLS<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»'
     ],
     "F17_tools_empty_string.jsonl": [
         "<|start|>user<|message|>Hi<|end|><|start|>assistant«<|channel|>final<|message|>Hello<|return|>»"
@@ -108,8 +108,8 @@ CASES = {
     ],
     "F23_arguments_no_json.jsonl": [
         "refused: messages[1].tool_calls[0] has `arguments` that are not JSON: 'city=Oslo'",
-        '<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»',
-        "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant« to=functions.get_weather<|channel|>commentary <|constrain|>json<|message|>{}<|call|>»<|start|>functions.get_weather to=assistant<|channel|>commentary<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»",
+        '<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Oslo"}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»',
+        "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{}<|call|>»<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>It is cold.<|return|>»",
     ],
 }
 

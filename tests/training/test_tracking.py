@@ -24,7 +24,8 @@ def no_variables() -> Iterator[None]:
 
 def record_launch(run_dir: Path, name: str, wandb_run_id: str | None) -> None:
     (run_dir / "launches").mkdir(exist_ok=True)
-    record = {"started": 0.0, "wandb_run_id": wandb_run_id}
+    numbers = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
+    record = dict.fromkeys(numbers, 0) | {"wandb_run_id": wandb_run_id}
     (run_dir / f"launches/{name}.json").write_text(json.dumps(record))
 
 
