@@ -49,6 +49,15 @@ def test_an_evaluation_is_a_line_and_the_last_entry_and_other_ranks_print_nothin
     assert capsys.readouterr().out == ""
 
 
+def test_each_evaluation_says_once_that_it_has_begun(capsys: pytest.CaptureFixture[str]) -> None:
+    line, state = LogLine(), TrainerState(global_step=2, max_steps=8, is_world_process_zero=True)
+    for _ in range(2):
+        for _ in range(3):
+            line.on_prediction_step(None, state, None, eval_dataloader=[1] * 1234)
+        line.on_evaluate(None, state, None)
+    assert capsys.readouterr().out == 2 * "step 2/8 · evaluating 1,234 batches\n"
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -1,7 +1,7 @@
-"""The line that a run prints for each logged step, and the one for each evaluation."""
+"""The line that a run prints for each logged step, and those at both ends of an evaluation."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 from transformers import TrainerCallback, TrainerState
@@ -19,10 +19,28 @@ class LogLine(TrainerCallback):
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.began: tuple[float, int] | None = None  # this launch's first step: when, and which
+        self.is_evaluating = False
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.began is None:
             self.began = self.clock(), state.global_step
+
+    def on_prediction_step(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        eval_dataloader: Sized | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print how long an evaluation will be, after its first batch."""
+        if not self.is_evaluating and eval_dataloader is not None and state.is_world_process_zero:
+            where = f"step {state.global_step}/{state.max_steps}"
+            print(f"{where} · evaluating {len(eval_dataloader):,} batches", flush=True)
+        self.is_evaluating = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.is_evaluating = False
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any
