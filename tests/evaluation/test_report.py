@@ -1,6 +1,5 @@
 """What is printed of an evaluation, and what is sent to W&B."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ import wandb
 
 from finetune.evaluation.report import print_report, send_to_wandb
 from helpers.evaluations import EVALUATION
+from helpers.launch_records import record_launch
 
 
 def test_figures_turns_and_their_problems_are_printed_and_brackets_are_no_markup(
@@ -36,9 +36,8 @@ def test_an_evaluation_is_sent_to_the_runs_own_wandb_run_or_not_at_all(
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     send_to_wandb(EVALUATION, run_dir=tmp_path)
     assert "not sent" in capsys.readouterr().out and not list(tmp_path.glob("wandb/*"))
-    (tmp_path / "launches").mkdir()
-    for number, run_id in enumerate([None, "my-id"]):
-        (tmp_path / f"launches/{number:04}.json").write_text(json.dumps({"wandb_run_id": run_id}))
+    for number, run_id in enumerate([None, "my-id"], start=1):
+        record_launch(tmp_path, number, wandb_run_id=run_id)
     send_to_wandb(EVALUATION, run_dir=tmp_path)
     wandb.teardown()  # its service would be shared by the children of later tests
     (run,) = tmp_path.glob("wandb/offline-run-*-my-id")

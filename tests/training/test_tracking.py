@@ -1,6 +1,5 @@
 """Which W&B run a launch continues."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from finetune.training.tracking import configure_wandb
+from helpers.launch_records import record_launch
 
 VARIABLES = ("WANDB_RUN_ID", "WANDB_NAME", "WANDB_RESUME", "SKYPILOT_TASK_ID")
 
@@ -22,17 +22,10 @@ def no_variables() -> Iterator[None]:
     os.environ.update(before)
 
 
-def record_launch(run_dir: Path, name: str, wandb_run_id: str | None) -> None:
-    (run_dir / "launches").mkdir(exist_ok=True)
-    numbers = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
-    record = dict.fromkeys(numbers, 0) | {"wandb_run_id": wandb_run_id}
-    (run_dir / f"launches/{name}.json").write_text(json.dumps(record))
-
-
 def test_the_run_of_the_first_launch_with_a_key_is_continued(tmp_path: Path) -> None:
     os.environ["SKYPILOT_TASK_ID"] = "sky-3"
-    record_launch(tmp_path, "0001", None)
-    record_launch(tmp_path, "0002", "sky-2")
+    record_launch(tmp_path, 1, wandb_run_id=None)
+    record_launch(tmp_path, 2, wandb_run_id="sky-2")
     assert configure_wandb(str(tmp_path), run_name="mine") == "sky-2"
     assert os.environ["WANDB_RUN_ID"] == "sky-2"
     assert os.environ["WANDB_NAME"] == "mine sky-2"
