@@ -54,7 +54,7 @@ import sys
 from finetune.errors import one_line_errors
 from finetune.export.base import open_base
 from finetune.export.card import default_name
-from finetune.export.merge import open_merged
+from finetune.export.merge import MergedWeights, open_merged
 from finetune.export.samples import conversations_of_run
 from finetune.export.served_client import Client
 from finetune.export.served_reference import (
@@ -80,7 +80,8 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     run_weights = find_run_weights(run_dir)
     base = open_base(run_weights.record, moved_to=args.base)
     tokenizer = load_tokenizer(base.model_id, revision=base.revision)
-    reference = load_reference(run_dir, args)
+    merged, _ = open_merged(run_weights, base)
+    reference = load_reference(run_dir, merged, args)
     served = [client.next_log_probs(place.tokens, tokenizer) for place in reference.places]
     verdict = judge(align(reference.places, served), max_error=args.max_error)
     problem = template_problem(client, tokenizer)
@@ -92,16 +93,14 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     return verdict
 
 
-def load_reference(run_dir: Path, args: VerifyArguments) -> Reference:
+def load_reference(run_dir: Path, merged: MergedWeights, args: VerifyArguments) -> Reference:
     """The reference kept in the run's folder, or a new one, which is kept there."""
-    run_weights = find_run_weights(run_dir)
-    base = open_base(run_weights.record, moved_to=args.base)
-    merged, _ = open_merged(run_weights, base)
     identity = identity_of(merged, num_examples=args.num_examples, num_places=args.num_places)
     reference = read_reference(run_dir, identity)
     if reference is None:
         print("running the trained model and the base, to compare with", flush=True)
-        rows, text = conversations_of_run(run_weights.record, base, num_examples=args.num_examples)
+        record, base = merged.run_weights.record, merged.base
+        rows, text = conversations_of_run(record, base, num_examples=args.num_examples)
         print(f"compared on {text}", flush=True)
         reference = make_reference(merged, rows, identity, num_places=args.num_places)
         keep(reference, run_dir)

@@ -138,8 +138,9 @@ def test_a_wrong_key_is_one_line(files: Path, monkeypatch: pytest.MonkeyPatch) -
 def answers(files: Path) -> dict[str, Compared]:
     """What a right server and one without the adapter say at many places, for subsets of them."""
     arguments = VerifyArguments(num_places=150)
-    tokenizer = load_tokenizer(open_run(files / "run").base.model_id)
-    reference = load_reference(files / "run", arguments)
+    merged = open_run(files / "run")
+    tokenizer = load_tokenizer(merged.base.model_id)
+    reference = load_reference(files / "run", merged, arguments)
     compared = {}
     for name, adapter in (("right", files / ADAPTER), ("base", None)):
         server = start_server(files / "none" / MODEL, adapter=adapter)

@@ -17,6 +17,7 @@ from finetune.data.checks import Row
 from finetune.data.compression import DAMAGED, decompress
 from finetune.data.files import FORMATS, DataFile, format_of, local_path
 from finetune.data.json_rows import MAX_LINE_BYTES, TOO_LONG, json_rows, jsonl_rows
+from finetune.data.values import is_unicode
 from finetune.errors import UserError
 
 BATCH_ROWS = 1000
@@ -115,15 +116,6 @@ def short_lines(text: io.TextIOWrapper) -> Iterator[str]:
         if len(line) == MAX_LINE_BYTES:
             raise csv.Error(TOO_LONG)
         yield line
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text is free of the lone surrogates that surrogateescape puts for bad bytes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parquet_rows(stream: IO[bytes]) -> Iterator[tuple[int, Row | str]]:

@@ -82,7 +82,9 @@ def without_nulls(value: Any) -> Any:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be encoded. JSON can spell half a surrogate pair (`\\ud800`)."""
+    """Whether a text can be encoded. JSON can spell half a surrogate pair (`\\ud800`), and
+    surrogateescape puts one for each byte that is not UTF-8.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

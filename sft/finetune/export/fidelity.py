@@ -142,11 +142,14 @@ def experts_kept(output: Path, merged: MergedWeights, *, form: Format) -> float 
     return None if least is None else min(least, 1.0)
 
 
-def reference_logits(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
+def reference_logits(
+    merged: MergedWeights, rows: Rows, *, scalings: dict[str, float] | None = None
+) -> dict[str, Logits]:
     """Logits of the model as it was trained ("trained") and of the base ("base").
 
     With LoRA the trained model is the base with the adapter beside it, nothing merged; and
-    "without_experts" are the logits of that model without LoRA on its experts.
+    "without_experts" are the logits of that model without LoRA on its experts. scalings: names and
+    factors, for the logits of that model with LoRA multiplied by each factor.
     """
     run_weights, base = merged.run_weights, merged.base
     if not run_weights.is_adapter:
@@ -162,6 +165,10 @@ def reference_logits(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
         logits["base"] = logits_of(model, rows)
     with without_experts(model):
         logits["without_experts"] = logits_of(model, rows)
+    modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for name, factor in (scalings or {}).items():
+        with scaled(modules, factor):
+            logits[name] = logits_of(model, rows)
     return logits
 
 

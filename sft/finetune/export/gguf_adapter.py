@@ -7,7 +7,7 @@ import torch
 from finetune.errors import UserError
 from finetune.export.gguf_layout import name_map, parts_of
 from finetune.export.gguf_metadata import adapter_writer
-from finetune.export.merge import MergedWeights, Target
+from finetune.export.merge import MergedWeights, Target, expert_factors
 from finetune.model.loading import load_config
 
 ADAPTER = "adapter.gguf"
@@ -56,12 +56,6 @@ def rank(merged: MergedWeights, target: Target) -> int:
 def factors(merged: MergedWeights, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """A and B as llama.cpp has them, in fp32: (r, in) and (out, r); of a stack of experts
     (E, r, in) and (E, out, r).
-
-    merge.py says how PEFT stores the factors of a stack.
     """
-    a = merged.run_weights.rows(target.lora_a).float()
-    b = merged.run_weights.rows(target.lora_b).float()
-    if target.num_experts == 1:
-        return a, b
-    b = b.unflatten(1, (-1, target.num_experts)).permute(2, 0, 1)
-    return a.unflatten(0, (target.num_experts, -1)), b
+    a, b = (merged.run_weights.rows(name) for name in (target.lora_a, target.lora_b))
+    return expert_factors(a, b, target) if target.num_experts > 1 else (a.float(), b.float())

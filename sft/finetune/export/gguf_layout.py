@@ -29,7 +29,6 @@ class Part:
     """
 
     name: str
-    source: str
     outputs: slice
 
 
@@ -52,7 +51,7 @@ def parts_of(source: str, names: TensorNameMap) -> list[Part]:
         name = re.sub(r"sinks$", "sinks.weight", name)
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, f"gguf has no name for {name}"
-        parts.append(Part(found, source, outputs))
+        parts.append(Part(found, outputs))
     return parts
 
 

@@ -71,8 +71,8 @@ def write_model(
         for source in merged.names:
             if source not in written:
                 num_rows = merged.shape(source)[0]
-                for name, row, data in encoded(merged, source, parts[source]):
-                    place = places[name]
+                for tensor, row, data in encoded(merged, source, parts[source]):
+                    place = places[tensor]
                     file.seek(place.offset + place.length // num_rows * row)
                     file.write(data.contiguous().view(torch.uint8).numpy().data)
                 file.flush()

@@ -73,6 +73,16 @@ def find_targets(skeleton: PeftModel) -> dict[str, Target]:
     return targets
 
 
+def expert_factors(
+    a: torch.Tensor, b: torch.Tensor, target: Target
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (E, r, in) and B (E, out, r) of a stack, in fp32. a: (E r, in), b: (out, r E), as PEFT
+    stores them.
+    """
+    a = a.float().unflatten(0, (target.num_experts, -1))
+    return a, b.float().unflatten(1, (-1, target.num_experts)).permute(2, 0, 1)
+
+
 def expert_delta(
     a: torch.Tensor, b: torch.Tensor, target: Target, start: int = 0, stop: int | None = None
 ) -> torch.Tensor:
@@ -80,9 +90,8 @@ def expert_delta(
 
     a: (E r, in), b: (out, r E), as PEFT stores them.
     """
-    a = a.float().unflatten(0, (target.num_experts, -1))[start:stop]
-    b = b.float().unflatten(1, (-1, target.num_experts))[..., start:stop]
-    return torch.bmm(a.transpose(1, 2), b.permute(2, 1, 0)) * target.scaling
+    a, b = (factor[start:stop] for factor in expert_factors(a, b, target))
+    return torch.bmm(a.transpose(1, 2), b.transpose(1, 2)) * target.scaling
 
 
 def linear_delta(a: torch.Tensor, b: torch.Tensor, target: Target) -> torch.Tensor:

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
 
 from finetune.errors import only_warn
-from finetune.export.divergence import Logits, Rows, logits_of
-from finetune.export.fidelity import adapted_model, reference_logits, scaled, without_experts
+from finetune.export.divergence import Logits, Rows
+from finetune.export.fidelity import reference_logits
 from finetune.export.merge import MergedWeights
 
 FILE = "served_reference.json"
@@ -66,29 +65,12 @@ def make_reference(
     merged: MergedWeights, rows: Rows, identity: dict[str, Any], *, num_places: int
 ) -> Reference:
     """Run the models on the conversations, one model at a time in memory."""
-    logits = logits_of_models(merged, rows)
+    logits = reference_logits(merged, rows, scalings={"half": 0.5, "double": 2.0})
     places = [
         place_at(logits, rows, row, position)
         for row, position in spread(learnt_positions(rows), num_places)
     ]
     return Reference(identity, places)
-
-
-def logits_of_models(merged: MergedWeights, rows: Rows) -> dict[str, Logits]:
-    """The logits of each model that Place names."""
-    if not merged.run_weights.is_adapter:
-        return reference_logits(merged, rows)
-    model = adapted_model(merged.run_weights, merged.base)
-    logits = {"trained": logits_of(model, rows)}
-    with model.disable_adapter():
-        logits["base"] = logits_of(model, rows)
-    with without_experts(model):
-        logits["without_experts"] = logits_of(model, rows)
-    modules = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    for name, factor in (("half", 0.5), ("double", 2.0)):
-        with scaled(modules, factor):
-            logits[name] = logits_of(model, rows)
-    return logits
 
 
 def keep(reference: Reference, folder: Path) -> None:

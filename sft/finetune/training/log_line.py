@@ -35,8 +35,7 @@ class LogLine(TrainerCallback):
     ) -> None:
         """Print how long an evaluation will be, after its first batch."""
         if not self.is_evaluating and eval_dataloader is not None and state.is_world_process_zero:
-            where = f"step {state.global_step}/{state.max_steps}"
-            print(f"{where} · evaluating {len(eval_dataloader):,} batches", flush=True)
+            print(f"{step_of_all(state)} · evaluating {len(eval_dataloader):,} batches", flush=True)
         self.is_evaluating = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,7 +46,7 @@ class LogLine(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        where = f"step {state.global_step}/{state.max_steps}"
+        where = step_of_all(state)
         if "loss" in logs:
             parts = [where, *self.time_left(state), *step_figures(logs)]
         elif "eval_loss" in logs:
@@ -62,6 +61,10 @@ class LogLine(TrainerCallback):
         started, first_step = self.began
         pace = (self.clock() - started) / (state.global_step - first_step)
         return [f"{duration(pace * (state.max_steps - state.global_step))} left"]
+
+
+def step_of_all(state: TrainerState) -> str:
+    return f"step {state.global_step}/{state.max_steps}"
 
 
 def step_figures(logs: dict[str, Any]) -> list[str]:
