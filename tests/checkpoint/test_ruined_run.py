@@ -3,9 +3,7 @@ with one error that names the file. The export's side is in tests/export.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from finetune.checkpoint.resume import find_checkpoint, resume_from
 from finetune.errors import UserError
 from helpers.checkpoints import flip_a_bit, make_checkpoint
 from helpers.paths import REPO
+from helpers.ruins import RUINS as BASIC_RUINS
 
 EARLIER_RUN = REPO / "tests/runs/earlier_run"
 
@@ -33,27 +32,7 @@ def of_another_run(file: Path) -> None:
     shutil.copy(found if found.exists() else other / "scheduler.pt", file)
 
 
-def replace_by_folder(file: Path) -> None:
-    file.unlink()
-    file.mkdir()
-
-
-def replace_by_link(file: Path) -> None:
-    file.unlink()
-    file.symlink_to("nowhere")
-
-
-RUINS: dict[str, Callable[[Path], object]] = {
-    "removed": Path.unlink,
-    "empty": lambda file: os.truncate(file, 0),
-    "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
-    "bit flipped": flip_a_bit,
-    "{}": lambda file: file.write_text("{}"),
-    "[]": lambda file: file.write_text("[]"),
-    "another run's": of_another_run,
-    "a folder": replace_by_folder,
-    "a dangling link": replace_by_link,
-}
+RUINS = BASIC_RUINS | {"bit flipped": flip_a_bit, "another run's": of_another_run}
 
 
 def launch(run_dir: Path) -> Path | None:
