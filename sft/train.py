@@ -48,6 +48,7 @@ from finetune.checkpoint.history import (
     conversation_date,
     interruption_cost,
     read_launches,
+    run_cost,
 )
 from finetune.checkpoint.ownership import check_later_steps
 from finetune.checkpoint.resume import resume_from
@@ -69,7 +70,7 @@ from finetune.training.callbacks import EvaluateAtEnd, Throughput
 from finetune.training.divergence import check_tensors
 from finetune.training.log_line import LogLine
 from finetune.training.num_steps import few_steps
-from finetune.training.tracking import configure_wandb
+from finetune.training.tracking import configure_wandb, send_summary
 from finetune.training.trainer import (
     Beginning,
     ResumableSFTTrainer,
@@ -187,7 +188,12 @@ def make_trainer(
             Beginning(saver),
             EvaluateAtEnd(),
             LogLine(),
-            LaunchLog(run_dir, saver, wandb_run_id=wandb_run_id),
+            LaunchLog(
+                run_dir,
+                saver,
+                wandb_run_id=wandb_run_id,
+                price_per_hour=config.run.price_per_hour,
+            ),
             Watchdog(timeout=patience, is_excused=lambda: saver.is_waiting),
         ],
         saver=saver,
@@ -245,7 +251,8 @@ def save(
 ) -> None:
     """Write the weights or the adapter, the plot and the summary, and print the summary."""
     launches = read_launches(config.training.output_dir)
-    summary: dict[str, Any] = throughput.summary(trainer.state) | interruption_cost(launches)
+    summary: dict[str, Any] = throughput.summary(trainer.state)
+    summary |= interruption_cost(launches) | run_cost(launches)
     summary["artifact"] = str(artifact)
     if warning := few_steps(trainer.state.max_steps):
         summary["warning"] = warning
@@ -263,6 +270,8 @@ def save(
     if trainer.is_world_process_zero():
         with only_warn("the summary cannot be printed"):
             print_summary(summary, title=f"{title}: finished")
+        with only_warn("the summary cannot be sent to W&B"):
+            send_summary(summary)
 
 
 if __name__ == "__main__":

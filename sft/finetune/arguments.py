@@ -44,6 +44,13 @@ class RunArguments:
             "default only where they are trained: LoRA keeps them packed."
         },
     )
+    price_per_hour: float = field(
+        default=0.0,
+        metadata={
+            "help": "Dollars an hour of all machines of this launch, from which the summary tells "
+            "what the run has cost. 0: not known."
+        },
+    )
 
 
 @dataclass(frozen=True)

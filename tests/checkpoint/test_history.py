@@ -14,6 +14,7 @@ from finetune.checkpoint.history import (
     first_wandb_run,
     interruption_cost,
     read_launches,
+    run_cost,
 )
 from finetune.checkpoint.manifest import MANIFEST, write_manifest
 from finetune.checkpoint.saver import Saver
@@ -49,6 +50,24 @@ def test_a_second_machine_whose_clock_is_behind_loses_no_time() -> None:
     assert interruption_cost([first])["interruptions"] == 0
 
 
+def test_launches_on_other_machines_add_up_to_the_runs_cost() -> None:
+    first = launch(0, 100, started=0, seconds=1800) | {"gpus": 8, "price_per_hour": 20.0}
+    second = launch(90, 200, started=9000, seconds=3600) | {"gpus": 2, "price_per_hour": 6.5}
+    assert run_cost([first, second]) == {"gpu_hours": 6.0, "cost_while_training": "$16.50"}
+
+
+@pytest.mark.parametrize("price", (0, None, "6.5", -1))
+def test_one_launch_without_a_price_leaves_the_cost_unknown(price: Any) -> None:
+    priced = launch(0, 100, started=0, seconds=1800) | {"gpus": 8, "price_per_hour": 20.0}
+    other = launch(90, 200, started=9000, seconds=3600) | {"gpus": 2, "price_per_hour": price}
+    assert run_cost([priced, other]) == {"gpu_hours": 6.0}
+
+
+def test_records_of_earlier_versions_count_no_gpu_hours() -> None:
+    assert run_cost([launch(0, 100, started=0, seconds=1800)]) == {}
+    assert run_cost([]) == {}
+
+
 GARBAGE = ("", '{"ste', "{}", "[]", "null", "[" * 100_000, '{"from_step": "0"}', "\ud800")
 
 
@@ -77,6 +96,9 @@ def test_a_launch_writes_over_no_other_record(tmp_path: Path) -> None:
     assert LaunchLog(tmp_path, saver, wandb_run_id=None).file.name == "0004.json"
 
 
+FOUR_GPUS = SimpleNamespace(world_size=4)
+
+
 class Clock:
     """A clock that a test sets."""
 
@@ -90,15 +112,16 @@ class Clock:
 def test_a_launch_is_recorded_at_most_once_a_second(tmp_path: Path) -> None:
     clock = Clock()
     saver = cast(Saver, SimpleNamespace(stall_seconds=0.25, complete_step=2))
-    log = LaunchLog(tmp_path, saver, wandb_run_id="w", clock=clock)
+    log = LaunchLog(tmp_path, saver, wandb_run_id="w", price_per_hour=12.5, clock=clock)
     state = TrainerState(global_step=3, max_steps=10)
 
     def recorded() -> dict[str, Any]:
         (record,) = read_launches(tmp_path)
         return record
 
-    log.on_train_begin(None, state, None)
+    log.on_train_begin(FOUR_GPUS, state, None)
     assert recorded()["from_step"] == recorded()["step"] == 3
+    assert recorded()["gpus"] == 4 and recorded()["price_per_hour"] == 12.5
     for clock.now, state.global_step in ((0.5, 4), (0.9, 5)):
         log.on_step_end(None, state, None)
         assert recorded()["step"] == 3
@@ -115,7 +138,7 @@ def test_a_launch_is_recorded_at_most_once_a_second(tmp_path: Path) -> None:
 def test_a_launch_that_has_nothing_to_train_is_not_recorded(tmp_path: Path) -> None:
     saver = cast(Saver, SimpleNamespace(stall_seconds=0.0))
     log = LaunchLog(tmp_path, saver, wandb_run_id=None)
-    log.on_train_begin(None, TrainerState(global_step=4, max_steps=4), None)
+    log.on_train_begin(FOUR_GPUS, TrainerState(global_step=4, max_steps=4), None)
     assert read_launches(tmp_path) == []
 
 

@@ -108,7 +108,14 @@ def test_a_run_saves_at_sigterm_and_the_next_launch_continues_it(
     launch: Launch, start: Start, few_conversations: str, tmp_path: Path
 ) -> None:
     """SIGTERM to the process group, as Slurm sends it and a machine that shuts down."""
-    flags = (*FULL, few_conversations, f"--max_steps={STEPS}", "--gradient_accumulation_steps=2")
+    price = "--price_per_hour=36000"
+    flags = (
+        *FULL,
+        few_conversations,
+        f"--max_steps={STEPS}",
+        "--gradient_accumulation_steps=2",
+        price,
+    )
     run_dir = tmp_path / "run"
     wandb = {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
     launcher = start(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="sky-1_first", **wandb)
@@ -126,7 +133,9 @@ def test_a_run_saves_at_sigterm_and_the_next_launch_continues_it(
     assert result.returncode == 0, result.stderr
     assert f"resuming from {run_dir}/checkpoint-{preempted[1]}" in result.stdout, result.stderr
     # Both launches belong to the W&B run of the first.
-    assert len(list(tmp_path.glob("wandb/offline-run-*-sky-1_first"))) == 2
+    records = sorted(tmp_path.glob("wandb/offline-run-*-sky-1_first/*.wandb"))
+    told = [b"run/cost_while_training" in record.read_bytes() for record in records]
+    assert told == [False, True]
     unbroken = launch(*flags, "--save_steps=1000", f"--output_dir={tmp_path / 'unbroken'}")
     assert unbroken.returncode == 0, unbroken.stderr
     assert_same_run(run_dir, tmp_path / "unbroken")

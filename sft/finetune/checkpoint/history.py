@@ -68,7 +68,7 @@ class LaunchLog(TrainerCallback):
     from_step, step: where the launch began and how far it is. seconds, saving_seconds: of training
     and, within that, of waiting for saves. started, updated: Unix times, from which the time
     between two launches follows. complete: the step of the newest checkpoint that it completed, or
-    None.
+    None. gpus, price_per_hour: of all machines of the launch; dollars, 0 if not known.
     """
 
     def __init__(
@@ -77,18 +77,26 @@ class LaunchLog(TrainerCallback):
         saver: Saver,
         *,
         wandb_run_id: str | None,
+        price_per_hour: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.saver, self.clock = saver, clock
         folder = Path(run_dir) / FOLDER
         numbers = [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
         self.file = folder / f"{max(numbers, default=0) + 1:04}.json"
-        self.record: dict[str, Any] = {"wandb_run_id": wandb_run_id}
+        self.record: dict[str, Any] = {
+            "wandb_run_id": wandb_run_id,
+            "price_per_hour": price_per_hour,
+        }
         self.started = self.written = clock()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = self.clock()
-        self.record |= {"from_step": state.global_step, "started": time.time()}
+        self.record |= {
+            "from_step": state.global_step,
+            "started": time.time(),
+            "gpus": args.world_size,
+        }
         # A launch that finds the run finished trains nothing: it does not count as one.
         if state.is_world_process_zero and state.global_step < state.max_steps:
             self.file.parent.mkdir(exist_ok=True)
@@ -138,3 +146,25 @@ def interruption_cost(launches: list[dict[str, Any]]) -> dict[str, Any]:
         "minutes_lost": round(seconds_lost / 60, 2),
         "saving_percent": round(100 * saving / seconds, 2) if seconds else 0.0,
     }
+
+
+def run_cost(launches: list[dict[str, Any]]) -> dict[str, Any]:
+    """What training has used and, where every launch knew its price, cost. launches: all of them.
+
+    gpu_hours: of training, with its saves and evaluations. cost_while_training: dollars for them.
+    The machines are also paid for while they are set up, load the model and stand idle: that is not
+    in it. Empty if a launch was recorded by a version that did not write its GPUs down.
+    """
+    if not launches or not all(is_count(launch.get("gpus")) for launch in launches):
+        return {}
+    cost = {"gpu_hours": round(sum(n["gpus"] * n["seconds"] for n in launches) / 3600, 2)}
+    prices = [launch.get("price_per_hour") for launch in launches]
+    if all(isinstance(price, (int, float)) and price > 0 for price in prices):
+        dollars = sum(n["price_per_hour"] * n["seconds"] for n in launches) / 3600
+        cost["cost_while_training"] = f"${dollars:,.2f}"
+    return cost
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a number of GPUs."""
+    return isinstance(value, int) and value > 0

@@ -1,7 +1,9 @@
-"""All launches of a run continue the same W&B run."""
+"""All launches of a run continue the same W&B run, which ends with the run's summary."""
 
 import os
 import re
+import sys
+from typing import Any
 
 from finetune.checkpoint.history import first_wandb_run
 from finetune.node import task_id
@@ -22,3 +24,10 @@ def configure_wandb(output_dir: str, *, run_name: str | None) -> str | None:
         os.environ.setdefault("WANDB_NAME", f"{run_name} {run_id}")
         os.environ.setdefault("WANDB_RESUME", "allow")
     return os.environ.get("WANDB_RUN_ID")
+
+
+def send_summary(summary: dict[str, Any]) -> None:
+    """Add the figures of the end of a run to its W&B run, if there is one in this process."""
+    wandb = sys.modules.get("wandb")  # imported by the trainer, which alone begins a run
+    if wandb is not None and wandb.run is not None:
+        wandb.run.summary.update({f"run/{name}": value for name, value in summary.items()})
