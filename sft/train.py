@@ -113,7 +113,9 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.saver.finish()
     except RunFinished:
-        if is_finished(artifact):
+        # The first rank looks for all: another node may have no `final`, or see it late.
+        found = trainer.is_world_process_zero() and is_finished(artifact)
+        if any(trainer.saver.gather(found)):
             step = trainer.state.global_step
             trainer.accelerator.print(f"this run had finished at step {step}: {artifact}")
             trainer.end()

@@ -12,9 +12,11 @@ from trl import ModelConfig
 
 from finetune.checkpoint.artifact import SUMMARY, is_finished, save_artifact
 from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint.summary_file import write_summary
 from finetune.model.loading import load_model, load_tokenizer
 from finetune.model.lora import lora_config
 from finetune.model.weights import BaseWeights
+from helpers.checkpoints import flip_a_bit
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -63,3 +65,19 @@ def test_an_artifact_with_a_file_cut_off_is_not_finished(lost: str, tmp_path: Pa
     assert is_finished(tmp_path)
     (tmp_path / lost).write_bytes((tmp_path / lost).read_bytes()[:-1])
     assert not is_finished(tmp_path)
+
+
+@pytest.mark.parametrize("damaged", [WEIGHTS, SUMMARY])
+def test_an_artifact_with_a_flipped_bit_is_not_finished_and_the_file_is_named(
+    damaged: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / WEIGHTS, tmp_path / "tokenizer.json"]
+    for file in files:
+        file.write_bytes(bytes(1000))
+    write_summary(tmp_path, {"steps": 4}, files)
+    assert is_finished(tmp_path)
+    flip_a_bit(tmp_path / damaged)
+    assert not is_finished(tmp_path)
+    assert f"the result is damaged, and written again: {tmp_path / damaged}" in (
+        capsys.readouterr().out
+    )

@@ -1,6 +1,7 @@
 """The artifact of a finished run: bf16 weights or a PEFT adapter, the tokenizer and a summary."""
 
 import json
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoint.bucket import await_upload
-from finetune.checkpoint.summary_file import SUMMARY, write_summary
+from finetune.checkpoint.summary_file import SUMMARY, intact_summary, write_summary
 from finetune.errors import UserError
 from finetune.model.loading import save_tokenizer
 
@@ -89,16 +90,19 @@ def fix_saved_config(artifact: Path) -> None:
 
 
 def is_finished(artifact: Path) -> bool:
-    """Whether save_artifact ended there, and every file has the size that its summary names."""
-    try:
-        summary = json.loads((artifact / SUMMARY).read_text())
-        # A summary that names no files, as the first version wrote it, still has the run's steps.
-        if not isinstance(summary, dict) or not {"files", "steps"} & summary.keys():
-            return False
-        sizes = dict(summary.get("files", {}))
-        return all((artifact / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError, TypeError, RecursionError):
+    """Whether save_artifact ended there, and every file is as its summary says.
+
+    Says which file is not: then the result is to be written again.
+    """
+    if not os.path.lexists(artifact / SUMMARY):
         return False
+    try:
+        summary = intact_summary(artifact)
+    except ValueError as error:
+        print(f"the result is damaged, and written again: {error}", flush=True)
+        return False
+    # A summary that names no files, as the first version wrote it, still has the run's steps.
+    return bool({"files", "steps"} & summary.keys())
 
 
 def gather_trained_weights(
