@@ -39,3 +39,19 @@ def test_an_error_shows_no_credentials(
     with pytest.raises(SystemExit), one_line_errors():
         raise UserError("'https://u:SECRET@h/a.jsonl?sig=SECRET' cannot be read: hf_SECRETSECRET")
     assert capsys.readouterr().err == "error: 'https://h/a.jsonl' cannot be read: <HF_TOKEN>\n"
+
+
+def test_the_traceback_of_an_unforeseen_error_shows_no_credentials(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Also those of the errors that led to it. urllib3 quotes URLs without their host."""
+    with pytest.raises(SystemExit) as ended, one_line_errors():
+        try:
+            raise KeyError("Max retries exceeded with url: /a.jsonl?n=1&X-Amz-Signature=SECRET")
+        except KeyError as error:
+            raise RuntimeError("403, url='https://u:SECRET@h/a.jsonl?sig=SECRET'") from error
+    assert ended.value.code == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "RuntimeError: 403, url='https://h/a.jsonl'" in printed
+    assert "url: /a.jsonl?n=1&X-Amz-Signature=<hidden>" in printed
+    assert "SECRET@" not in printed and "=SECRET" not in printed

@@ -20,6 +20,8 @@ SECRET = re.compile(
     r"|.*(token|secret|passw|credential|auth|jwt|session).*|pwd|pass|code|.*key|key.*|hmac",
     re.IGNORECASE,
 )
+# Of a query, also where an error quotes a URL without its scheme and host, as urllib3's do.
+PARAMETER = re.compile(r"([?&;])([^=?&;\s'\"]+)=[^?&;\s'\"<>|]+")
 SECRET_ENVS = ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 SHORTEST = 8  # characters; a shorter value would be found in ordinary words
 
@@ -42,4 +44,10 @@ def without_secrets(text: str) -> str:
         value = os.environ.get(name, "").strip()
         if len(value) >= SHORTEST:
             text = text.replace(value, f"<{name}>")
-    return URL.sub(lambda match: public_url(match[1]) + (match[2] or ""), text)
+    text = URL.sub(lambda match: public_url(match[1]) + (match[2] or ""), text)
+    return PARAMETER.sub(hidden, text)
+
+
+def hidden(match: re.Match[str]) -> str:
+    """A match of PARAMETER without its value, if that is secret."""
+    return f"{match[1]}{match[2]}=<hidden>" if is_secret(match[2]) else match[0]

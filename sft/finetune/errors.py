@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -28,22 +29,35 @@ class UserError(Exception):
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError, a full or a lost disk into one line on stderr and exit status 1."""
+    """End with status 1 and one line on stderr for a UserError, a full or a lost disk; for any
+    other error with its traceback, in which credentials are left out.
+    """
     try:
         yield
-    except UserError as error:
-        fail(str(error))
-    except OSError as error:
+    except Exception as error:
+        message = message_of(error)
+        if message is not None:
+            fail(message)
+        # Errors of aiohttp and others quote the URL that they asked for.
+        text = without_secrets("".join(traceback.format_exception(error)))
+        print(text, end="", file=sys.stderr, flush=True)
+        sys.exit(1)
+
+
+def message_of(error: Exception) -> str | None:
+    """What to tell the user about an error that the user can mend, or None for any other."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
         file = error.filename or "a file"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"no space left writing {file}: free some, or raise disk_size")
+            return f"no space left writing {file}: free some, or raise disk_size"
         if error.errno in LOST_DISK:
-            fail(f"{file} cannot be read or written ({error.strerror}): is the bucket still there?")
-        raise
-    except SafetensorError as error:
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        fail("no space left writing the weights: free some, or raise disk_size")
+            reason = error.strerror
+            return f"{file} cannot be read or written ({reason}): is the bucket still there?"
+    if isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error):
+        return "no space left writing the weights: free some, or raise disk_size"
+    return None
 
 
 @contextmanager

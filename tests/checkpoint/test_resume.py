@@ -1,8 +1,11 @@
 """Which checkpoint a launch resumes from, and when it refuses to start anew."""
 
 import json
+import multiprocessing
 import os
+import resource
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,26 @@ def test_a_run_killed_in_its_first_save_begins_again(flag: str | None, tmp_path:
     begin_checkpoint(tmp_path, 1)
     (tmp_path / "checkpoint-2").mkdir()
     assert resume_from(flag, tmp_path) is None
+
+
+@pytest.mark.parametrize("written", [0, 100])
+def test_a_kill_while_the_only_manifest_is_written_leaves_an_unfinished_save(
+    written: int, tmp_path: Path
+) -> None:
+    """The kernel kills the process when it has written so many bytes of the file."""
+    folder = begin_checkpoint(tmp_path, 1)
+
+    def write_until_killed() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
+        sign(folder, fingerprint=FINGERPRINT)
+
+    process = multiprocessing.get_context("fork").Process(target=write_until_killed)
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGXFSZ
+    assert not (folder / MANIFEST).exists()
+    assert resume_from("true", tmp_path) is None
 
 
 def resigned(name: str, content: bytes) -> Callable[[Path], None]:

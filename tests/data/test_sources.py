@@ -47,6 +47,25 @@ def test_a_comma_in_the_name_of_a_file_does_not_divide_it(
         parse_sources("x,y.jsonl")
 
 
+def test_a_comma_in_a_query_does_not_divide_the_url() -> None:
+    url = "https://h.org/a.jsonl?columns=a,b=1&sig=5ECRET"
+    assert parse_sources(f"{url}*2,x.jsonl,{url},s3://b/c.csv,{url},owner/name:de") == [
+        Source(url, 2.0),
+        Source("x.jsonl"),
+        Source(url),
+        Source("s3://b/c.csv"),
+        Source(url),
+        Source("owner/name:de"),
+    ]
+    with pytest.raises(UserError, match="of the query as %2C") as error:
+        parse_sources("https://h.org/a?sig=5ECRET,5ECRET")
+    assert "5ECRET" not in str(error.value)
+    assert parse_sources("imdb,https://h.org/a?x=1") == [
+        Source("imdb"),
+        Source("https://h.org/a?x=1"),
+    ]
+
+
 def test_files_are_distinguished_from_hub_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

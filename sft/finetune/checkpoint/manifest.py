@@ -15,6 +15,7 @@ somebody's copy, and not a symbolic link, which leads to what another run may ow
 
 import hashlib
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 MANIFEST = "manifest.json"
+DRAFT = f"{MANIFEST}.new"  # what it is called until it is whole
 # Of the manifest. It changes when an older version could no longer read it, or would misread it.
 # Manifests of format 1 that were written before there were others do not name it.
 FORMAT = 1
@@ -92,7 +94,8 @@ def files_of_rank(folder: Path, *, rank: int) -> list[Path]:
     """The files of a checkpoint that this rank wrote. Files without a rank in their name are
     written by rank 0.
     """
-    files = [path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST]
+    names = (MANIFEST, DRAFT)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in names]
     found = [(file, WRITERS_RANK.search(file.name)) for file in files]
     return sorted(file for file, match in found if int(match[1] if match else 0) == rank)
 
@@ -114,9 +117,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
     """Write the manifest, with format, step and a hash of itself added, and return its path."""
     manifest = manifest | {"format": FORMAT, "step": step_of(folder)}
     path = folder / MANIFEST
-    # Not written to another name and renamed: on a mounted bucket a rename copies the file. A
-    # manifest that was cut off is found by its own hash instead.
-    path.write_text(json.dumps(manifest | {"sha256": sha256_of(manifest)}, indent=2))
+    # Under another name at first, so that a kill leaves the whole manifest or none: half of one is
+    # then damage, and not a save that did not come to its end. On a mounted bucket this renames the
+    # file in rclone's cache, which uploads it five seconds later.
+    draft = folder / DRAFT
+    with draft.open("w") as file:
+        file.write(json.dumps(manifest | {"sha256": sha256_of(manifest)}, indent=2))
+        file.flush()
+        os.fsync(file.fileno())  # a power cut could leave the new name without the content
+    draft.replace(path)
     return path
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.checkpoint.fingerprint import is_same_fingerprint
 from finetune.checkpoint.manifest import (
+    DRAFT,
     MANIFEST,
     checkpoints,
     complete_checkpoints,
@@ -24,7 +25,7 @@ from finetune.errors import UserError
 # the optimizer.pt of transformers' Trainer.
 OUR_FILES = re.compile(
     r"\.metadata|__\d+_\d+\.distcp|rng_state(_\d+)?\.pth|scheduler\.pt|trainer_state\.json|"
-    + re.escape(MANIFEST)
+    + "|".join(map(re.escape, (MANIFEST, DRAFT)))
 )
 
 

@@ -11,13 +11,16 @@ A source is `NAME`, and several are separated by commas. `NAME*2` is read twice 
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
+from itertools import takewhile
 from pathlib import Path
 
 import fsspec
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
+from finetune.credentials import public_url
 from finetune.data.arrow_types import rows_of_table
 from finetune.data.checks import Row
 from finetune.data.compression import COMPRESSIONS
@@ -62,7 +65,8 @@ def parse_source(part: str) -> Source:
 
 
 def split_at_commas(text: str) -> list[str]:
-    """The sources in a list. A comma in the name of a file or folder of this machine stays.
+    """The sources in a list. A comma in the name of a file or folder of this machine stays, and one
+    in the query of a URL.
 
     Raises UserError if it could be either.
     """
@@ -74,9 +78,29 @@ def split_at_commas(text: str) -> list[str]:
         if length > 1 and all(map(exists, parts[:length])):
             names = " and ".join(repr(part.strip()) for part in parts[:length])
             raise UserError(f"{','.join(parts[:length])!r} may be a file or {names}: rename it")
+        if "://" in parts[0] and "?" in parts[0]:
+            continued = takewhile(partial(is_of_query, url=parts[0]), parts[1:])
+            length = 1 + len(list(continued))
         sources.append(",".join(parts[:length]).strip())
         parts = parts[length:]
     return [source for source in sources if source]
+
+
+def is_of_query(part: str, *, url: str) -> bool:
+    """Whether what follows a comma belongs to the query of the URL before it.
+
+    Raises UserError if it could also be a dataset on the hub.
+    """
+    name = part.strip()
+    if not name or "://" in name or exists(name) or format_of(name) or "/" in name:
+        return False
+    if "=" in name or "&" in name:
+        return True
+    raise UserError(
+        f"dataset {public_url(url)!r}: it is unclear whether what follows the comma behind it is "
+        "part of its query or another source: write a comma of the query as %2C, or name the "
+        "other source first"
+    )
 
 
 def exists(part: str) -> bool:
