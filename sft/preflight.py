@@ -22,6 +22,7 @@ if __name__ == "__main__":
     answer_help(__doc__)
 
 from dataclasses import replace
+from pathlib import Path
 
 from finetune.arguments import check_spelling, parse_args
 from finetune.checkpoint.fingerprint import (
@@ -34,6 +35,7 @@ from finetune.checkpoint.fingerprint import (
 from finetune.checkpoint.history import conversation_date
 from finetune.checkpoint.ownership import check_later_steps
 from finetune.checkpoint.resume import find_checkpoint
+from finetune.checkpoint.writers import check_newest_writer
 from finetune.data.dataset import load_datasets
 from finetune.errors import one_line_errors
 from finetune.model.loading import load_config, load_tokenizer
@@ -73,6 +75,7 @@ def main() -> None:
         return
     if checkpoint is not None:
         check_same_run(checkpoint, read_record(checkpoint), record)
+    check_newest_writer(Path(run_dir), record)
     check_later_steps(run_dir, resumed=checkpoint, fingerprint=record.identity())
 
 

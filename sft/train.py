@@ -22,8 +22,11 @@ if __name__ == "__main__":
     answer_help(__doc__)
 
 import copy
+import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from trl import SFTConfig
 
 from finetune.arguments import Config, check_spelling, parse_args
 from finetune.checkpoint.artifact import ARTIFACT, LOSS_PLOT, is_finished, save_artifact
+from finetune.checkpoint.fence import Fence, FencedOff
 from finetune.checkpoint.fingerprint import (
     RunRecord,
     check_same_run,
@@ -50,6 +54,7 @@ from finetune.checkpoint.history import (
     read_launches,
     run_cost,
 )
+from finetune.checkpoint.manifest import newest_checkpoint
 from finetune.checkpoint.ownership import check_later_steps
 from finetune.checkpoint.resume import resume_from
 from finetune.checkpoint.saver import Saver
@@ -106,8 +111,26 @@ def main() -> None:
     check_later_steps(
         config.training.output_dir, resumed=checkpoint, fingerprint=data.record.identity()
     )
-    trainer, throughput = make_trainer(config, data, checkpoint)
+    trainer, throughput = make_trainer(config, data)
+    with one_writer(trainer):
+        checkpoint = newest_again(config, data.record, checkpoint)
+        train(config, data, trainer, throughput, checkpoint)
+    trainer.end()
 
+
+def train(
+    config: Config,
+    data: Data,
+    trainer: ResumableSFTTrainer,
+    throughput: Throughput,
+    checkpoint: Path | None,
+) -> None:
+    """Train from the checkpoint or from step 0, and leave the artifact, unless it is there."""
+    trainer.accelerator.print(
+        f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume: starting fresh"
+    )
+    # The base model is evaluated once, by the first launch, so that the summary can compare.
+    trainer.args.eval_on_start = trainer.args.eval_strategy != "no" and checkpoint is None
     artifact = Path(config.training.output_dir) / ARTIFACT
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -118,14 +141,32 @@ def main() -> None:
         if any(trainer.saver.gather(found)):
             step = trainer.state.global_step
             trainer.accelerator.print(f"this run had finished at step {step}: {artifact}")
-            trainer.end()
             return
     exit_if_preempted(trainer)
     notice.promise = "SIGTERM: the last step is saved; the result is still written, if time allows"
     weights = dict(trainer.model.named_parameters())
     check_tensors(weights, "the trained weights", gather=trainer.saver.gather)
     save(config, data, trainer, throughput, artifact=artifact)
-    trainer.end()
+
+
+@contextmanager
+def one_writer(trainer: ResumableSFTTrainer) -> Iterator[None]:
+    """Within it this launch continues the run, and older ones stop. Claimed only now, with data and
+    model loaded: a launch that cannot start stops nobody.
+
+    A launch that a newer one fences off exits with status 0, so that SkyPilot does not launch it
+    again: it would in turn stop the newer one.
+    """
+    saver = trainer.saver
+    try:
+        saver.claim_run()
+        yield
+    except FencedOff as fenced:
+        trainer.accelerator.print(f"{fenced}; this one stops, and leaves the run to it", flush=True)
+        os._exit(0)  # at once: threads of a save under way would go on until its upload
+    finally:
+        if saver.complete_step is None and saver.fence and trainer.is_world_process_zero():
+            saver.fence.withdraw()
 
 
 def load_data(config: Config) -> Data:
@@ -159,9 +200,18 @@ def find_checkpoint(config: Config, record: RunRecord) -> Path | None:
     return checkpoint
 
 
-def make_trainer(
-    config: Config, data: Data, checkpoint: Path | None
-) -> tuple[ResumableSFTTrainer, Throughput]:
+def newest_again(config: Config, record: RunRecord, checkpoint: Path | None) -> Path | None:
+    """The checkpoint to resume from now: until this launch claimed the run, an older one may have
+    completed another than `checkpoint`.
+    """
+    flag = config.training.resume_from_checkpoint
+    if flag is None or flag.lower() != "true":
+        return checkpoint
+    (newest,) = broadcast_object_list([newest_checkpoint(config.training.output_dir)])
+    return checkpoint if newest == checkpoint else find_checkpoint(config, record)
+
+
+def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throughput]:
     """The model with its adapter, and the trainer with all that saves, watches and logs."""
     run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
     attention = config.model.attn_implementation or choose_attention()
@@ -175,13 +225,14 @@ def make_trainer(
         every_minutes=config.run.save_every_minutes,
         keep=config.training.save_total_limit,
         manifest={"num_processes": num_processes, "fingerprint": data.record.identity()},
+        fence=Fence(run_dir, data.record, ignore_fingerprint=bool(config.run.ignore_fingerprint)),
     )
     wandb_run_id = configure_wandb(str(run_dir), run_name=config.training.run_name)
     # NCCL has a timeout of its own, which names no rank. The watchdog speaks before it.
     patience = 0.8 * config.training.ddp_timeout
     trainer = ResumableSFTTrainer(
         model=model,
-        args=trainer_arguments(config, checkpoint),
+        args=trainer_arguments(config),
         train_dataset=data.train,
         eval_dataset=data.held_out,
         processing_class=data.tokenizer,
@@ -195,6 +246,7 @@ def make_trainer(
                 saver,
                 wandb_run_id=wandb_run_id,
                 price_per_hour=config.run.price_per_hour,
+                fence=saver.fence,
             ),
             Watchdog(timeout=patience, is_excused=lambda: saver.is_waiting),
         ],
@@ -216,17 +268,12 @@ def make_trainer(
         trainer.remove_callback(stock)
 
     trainer.accelerator.print(f"attention: {attention}; processes: {num_processes}")
-    trainer.accelerator.print(
-        f"resuming from {checkpoint}" if checkpoint else "no checkpoint to resume: starting fresh"
-    )
     return trainer, throughput
 
 
-def trainer_arguments(config: Config, checkpoint: Path | None) -> SFTConfig:
+def trainer_arguments(config: Config) -> SFTConfig:
     """The flags as the trainer is given them; config itself stays as it was parsed."""
     args = copy.copy(config.training)
-    # The base model is evaluated once, by the first launch, so that the summary can compare.
-    args.eval_on_start = args.eval_strategy != "no" and checkpoint is None
     # The saver deletes old checkpoints, once the next one is complete in the bucket.
     args.save_total_limit = None
     return args
@@ -252,6 +299,7 @@ def save(
     artifact: Path,
 ) -> None:
     """Write the weights or the adapter, the plot and the summary, and print the summary."""
+    trainer.saver.check_fence()
     launches = read_launches(config.training.output_dir)
     summary: dict[str, Any] = throughput.summary(trainer.state)
     summary |= interruption_cost(launches) | run_cost(launches)
@@ -268,6 +316,7 @@ def save(
         data.tokenizer,
         artifact=artifact,
         summary=summary | {"run": data.record.to_json()},
+        check_fence=trainer.saver.fence.check if trainer.saver.fence else lambda: None,
     )
     if trainer.is_world_process_zero():
         with only_warn("the summary cannot be printed"):

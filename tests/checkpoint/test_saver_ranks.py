@@ -54,6 +54,21 @@ def test_a_failure_on_one_rank_stops_all(scenario: str, message: str, folder: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        "a_newer_launch_is_seen_by_rank_0_between_two_saves",
+        "a_newer_launch_comes_before_a_save",
+        "a_newer_launch_comes_before_the_commit",
+    ],
+)
+def test_a_newer_launch_stops_all(scenario: str, folder: Path) -> None:
+    assert on_both(folder, scenario).startswith("fenced off: a newer launch continues this run")
+    assert check_complete(folder / scenario / "checkpoint-1") is None
+    assert check_complete(folder / scenario / "checkpoint-2") is not None
+
+
+@pytest.mark.slow
 def test_a_notice_on_one_rank_stops_all(folder: Path) -> None:
     assert on_both(folder, "the_notice_reaches_rank_1") == [True, True]
 

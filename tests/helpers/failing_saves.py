@@ -15,10 +15,13 @@ from typing import Any
 from accelerate import PartialState
 from transformers import TrainerControl, TrainerState
 
+from finetune.checkpoint.fence import Fence, FencedOff
+from finetune.checkpoint.fingerprint import RunRecord
 from finetune.checkpoint.manifest import MANIFEST
 from finetune.checkpoint.saver import EvaluationAbandoned, Saver
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
+from helpers.checkpoints import FINGERPRINT
 
 
 class Rank:
@@ -30,17 +33,25 @@ class Rank:
         self.fails_to_write = self.fails_to_upload = self.fails_to_commit = False
         self.notice = PreemptionNotice()
         run_dir.mkdir(exist_ok=True)
+        self.record = RunRecord.from_json(FINGERPRINT, file=run_dir)
         self.saver = Saver(
             run_dir,
             notice=self.notice,
             every_minutes=1,
             keep=1,
             manifest={},
+            fence=Fence(run_dir, self.record),
             await_upload=self.upload,
             clock=lambda: self.now,
         )
+        self.saver.claim_run()
         self.saver.save(1, None, self.write)
         self.saver.finish()
+
+    def be_replaced(self) -> None:
+        """Let another launch claim the run."""
+        if self.rank == 0:
+            Fence(self.saver.run_dir, self.record).claim()
 
     def upload(self, files: list[Path]) -> None:
         is_commit = files[0].name == MANIFEST
@@ -110,6 +121,25 @@ def it_is_time_on_the_clock_of_rank_1(rank: Rank) -> list[bool]:
     return rank.step()
 
 
+def a_newer_launch_is_seen_by_rank_0_between_two_saves(rank: Rank) -> None:
+    rank.be_replaced()
+    if rank.rank == 0:
+        assert rank.saver.fence is not None
+        rank.saver.fence.look()
+    rank.step()
+
+
+def a_newer_launch_comes_before_a_save(rank: Rank) -> None:
+    rank.be_replaced()
+    rank.save()
+
+
+def a_newer_launch_comes_before_the_commit(rank: Rank) -> None:
+    rank.saver.save(2, None, rank.write)
+    rank.be_replaced()
+    rank.saver.finish()
+
+
 SCENARIOS: tuple[Callable[[Rank], Any], ...] = (
     a_write_fails_on_rank_1,
     an_upload_fails_on_rank_1,
@@ -119,6 +149,9 @@ SCENARIOS: tuple[Callable[[Rank], Any], ...] = (
     the_notice_reaches_rank_1_in_an_evaluation,
     it_is_time_on_the_clock_of_rank_0,
     it_is_time_on_the_clock_of_rank_1,
+    a_newer_launch_is_seen_by_rank_0_between_two_saves,
+    a_newer_launch_comes_before_a_save,
+    a_newer_launch_comes_before_the_commit,
 )
 
 
@@ -128,7 +161,7 @@ def main(folder: Path) -> None:
         rank = Rank(folder / scenario.__name__)
         try:
             happened[scenario.__name__] = scenario(rank)
-        except UserError as error:
+        except (UserError, FencedOff) as error:
             happened[scenario.__name__] = str(error)
     (folder / f"{PartialState().process_index}.json").write_text(json.dumps(happened))
 

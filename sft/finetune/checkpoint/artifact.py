@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch.distributed import barrier, is_initialized, new_group
+from torch.distributed import all_gather_object, get_world_size, is_initialized, new_group
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint.fence import FencedOff
 from finetune.checkpoint.summary_file import SUMMARY, intact_summary, write_summary
 from finetune.errors import UserError
 from finetune.model.loading import save_tokenizer
@@ -31,6 +32,7 @@ def save_artifact(
     *,
     artifact: Path,
     summary: dict[str, Any],
+    check_fence: Callable[[], None] = lambda: None,
     await_upload: Callable[[list[Path]], None] = await_upload,
 ) -> None:
     """Write bf16 weights or a PEFT adapter, the tokenizer, and last of all summary.json.
@@ -38,21 +40,34 @@ def save_artifact(
     Called by every process; the first one writes. summary.json is written when the other files are
     in the bucket, and so an artifact with a summary.json is complete. (Not a folder renamed at the
     end: on a mounted bucket a rename copies every file.) Raises UserError if a write fails.
+
+    check_fence: raises FencedOff in the first process if a newer launch continues the run; then it
+    is raised in every process.
     """
     # The upload of 120b's 234 GB may take longer than the timeout of training's collectives.
     patient = new_group(backend="gloo", timeout=timedelta(days=1)) if is_initialized() else None
     state_dict = gather_trained_weights(accelerator, model)
+    newer = None
     if accelerator.is_main_process:
         try:
+            check_fence()
             unwrapped = accelerator.unwrap_model(model)
-            write_artifact(artifact, unwrapped, state_dict, tokenizer, summary, await_upload)
+            write_artifact(
+                artifact, unwrapped, state_dict, tokenizer, summary, check_fence, await_upload
+            )
+        except FencedOff as fenced:
+            newer = fenced.newer
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"writing the result to {artifact} failed ({str(error).splitlines()[0]}); the "
                 "checkpoints are kept: mend that and launch again, and only the result is written"
             ) from error
     if patient is not None:
-        barrier(group=patient)
+        everyones = [None] * get_world_size(patient)
+        all_gather_object(everyones, newer, group=patient)
+        newer = everyones[0]
+    if newer is not None:
+        raise FencedOff(newer)
 
 
 def write_artifact(
@@ -61,10 +76,11 @@ def write_artifact(
     state_dict: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     summary: dict[str, Any],
+    check_fence: Callable[[], None],
     await_upload: Callable[[list[Path]], None],
 ) -> None:
     """The first process's part of save_artifact. Raises OSError or SafetensorError if a file cannot
-    be written.
+    be written, FencedOff if a newer launch came while the files were written or uploaded.
     """
     # An earlier launch may have left one; until the end this artifact is not complete.
     (artifact / SUMMARY).unlink(missing_ok=True)
@@ -75,6 +91,7 @@ def write_artifact(
     save_tokenizer(tokenizer, artifact)
     files = sorted(path for path in artifact.iterdir() if path.is_file())
     await_upload(files)
+    check_fence()
     write_summary(artifact, summary, files)
     await_upload([artifact / SUMMARY])
 

@@ -323,14 +323,19 @@ def is_same_fingerprint(saved: dict[str, Any], current: dict[str, Any], *, file:
     return records[0].identity() == records[1].identity()
 
 
-def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:
-    """Raise UserError, naming every difference, if the checkpoint belongs to another run."""
+def changed_fields(saved: RunRecord, current: RunRecord) -> list[str]:
+    """What makes these two different runs, one text for each difference."""
     before, now = saved.identity(), current.identity()
-    changed = [
+    return [
         f"{name} {before.get(name)} -> {now.get(name)}"
         for name in sorted(before | now)
         if before.get(name) != now.get(name)
     ]
+
+
+def check_same_run(checkpoint: str | Path, saved: RunRecord, current: RunRecord) -> None:
+    """Raise UserError, naming every difference, if the checkpoint belongs to another run."""
+    changed = changed_fields(saved, current)
     if changed:
         raise UserError(
             f"{checkpoint} is of another run ({'; '.join(changed)}): start this one under another "

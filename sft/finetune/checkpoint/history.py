@@ -13,11 +13,13 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from finetune.checkpoint.fence import Fence
 from finetune.checkpoint.fingerprint import read_record
 from finetune.checkpoint.manifest import newest_checkpoint
 from finetune.checkpoint.saver import Saver
+from finetune.checkpoint.writers import LAUNCHES, launch_numbers, newest_writer
 
-FOLDER = "launches"
+FOLDER = LAUNCHES
 # What each record holds beside wandb_run_id and, since there was a first checkpoint, `complete`.
 NUMBERS = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
 LARGEST = 1e11  # as a Unix time this is in the year 5138
@@ -46,11 +48,16 @@ def conversation_date(run_dir: str | Path) -> str:
     """The date that the run's conversations are rendered with, as YYYY-MM-DD.
 
     It is part of every conversation's tokens, and so all launches of a run must use the same: that
-    of the newest complete checkpoint, or else the day (UTC) of the first launch, or else today.
+    of the newest complete checkpoint, or else of the newest launch that has claimed the run, or
+    else the day (UTC) of the first launch, or else today.
     """
     newest = newest_checkpoint(run_dir)
     if newest is not None:
         return read_record(newest).data.conversation_start_date
+    writer = newest_writer(Path(run_dir))
+    date = writer.fingerprint.get("conversation_start_date") if writer else None
+    if isinstance(date, str):
+        return date
     started = [launch["started"] for launch in read_launches(run_dir)]
     return datetime.fromtimestamp(started[0] if started else time.time(), UTC).date().isoformat()
 
@@ -78,20 +85,26 @@ class LaunchLog(TrainerCallback):
         *,
         wandb_run_id: str | None,
         price_per_hour: float = 0.0,
+        fence: Fence | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.saver, self.clock = saver, clock
-        folder = Path(run_dir) / FOLDER
-        numbers = [int(file.stem) for file in folder.glob("*.json") if file.stem.isdecimal()]
-        self.file = folder / f"{max(numbers, default=0) + 1:04}.json"
+        self.saver, self.fence, self.clock = saver, fence, clock
+        self.run_dir = Path(run_dir)
+        self.file = self.file_of_number(max(launch_numbers(run_dir), default=0) + 1)
         self.record: dict[str, Any] = {
             "wandb_run_id": wandb_run_id,
             "price_per_hour": price_per_hour,
         }
         self.started = self.written = clock()
 
+    def file_of_number(self, number: int) -> Path:
+        return self.run_dir / FOLDER / f"{number:04}.json"
+
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.started = self.clock()
+        if self.fence is not None and self.fence.writer is not None:
+            # A number that no other launch has: they might not see each other's records in time.
+            self.file = self.file_of_number(self.fence.writer.number)
         self.record |= {
             "from_step": state.global_step,
             "started": time.time(),

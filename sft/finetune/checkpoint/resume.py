@@ -16,6 +16,7 @@ from finetune.checkpoint.manifest import (
     print_skipped,
 )
 from finetune.checkpoint.ownership import is_unfinished
+from finetune.checkpoint.writers import FOLDER as WRITERS
 from finetune.errors import UserError
 
 ANEW = "to start anew, take another RUN_NAME, or delete this folder"
@@ -74,7 +75,7 @@ def traces(run_dir: Path) -> list[str]:
 
 def check_places(run_dir: str | Path) -> None:
     """Raise UserError if something else lies where the run keeps a folder."""
-    for path in (Path(run_dir) / ARTIFACT, Path(run_dir) / FOLDER):
+    for path in (Path(run_dir) / name for name in (ARTIFACT, FOLDER, WRITERS)):
         if (path.exists() or path.is_symlink()) and not is_real_folder(path):
             raise UserError(f"{path} is not a folder: the run keeps one there; move it elsewhere")
 

@@ -4,7 +4,7 @@
     WRITING, each rank      torch DCP writes the copy -> hash the files -> await their upload
     COMMITTING, rank 0      write the manifest -> await its upload -> delete old checkpoints
 
-After every step, and after every batch of an evaluation, the ranks all-reduce four votes (on CPU,
+After every step, and after every batch of an evaluation, the ranks all-reduce five votes (on CPU,
 by gloo), so that all of them enter and leave a phase, save, stop or fail at the same moment.
 """
 
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint.fence import Fence, FencedOff
 from finetune.checkpoint.manifest import (
     files_of_rank,
     manifest_entries,
@@ -44,6 +45,8 @@ FULL_BYTES = 2**20
 # An upload may take longer than any collective of training, and ranks wait here for each other's.
 # A rank that hangs is found by the watchdog (training/watchdog.py), not by this timeout.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
+# How often ranks that wait for an upload vote meanwhile.
+SECONDS_BETWEEN_VOTES = 1.0
 
 Entries = dict[str, dict[str, Any]]  # of the manifest: size and SHA-256 of each file
 
@@ -63,6 +66,7 @@ class Votes(NamedTuple):
     due: bool  # it is time for another save
     failed: bool  # the background job ended with an error
     running: bool  # the background job has not ended
+    fenced: bool  # a newer launch continues the run
 
 
 class EvaluationAbandoned(Exception):
@@ -98,7 +102,8 @@ class Saver(TrainerCallback):
     `complete_step` (of the newest checkpoint that this launch has completed); `stall_seconds` (how
     long training has waited for saves so far); `is_waiting` (finish() runs).
 
-    await_upload, clock (seconds) and free_bytes are parameters so that tests can replace them.
+    fence: this launch's claim to the run; without one there is no other launch. await_upload, clock
+    (seconds) and free_bytes are parameters so that tests can replace them.
     """
 
     def __init__(
@@ -109,6 +114,7 @@ class Saver(TrainerCallback):
         every_minutes: float,
         keep: int | None,
         manifest: dict[str, Any],
+        fence: Fence | None = None,
         await_upload: Callable[[list[Path]], None] = await_upload,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[Path], int] = free_bytes,
@@ -119,6 +125,7 @@ class Saver(TrainerCallback):
         self.keep = keep
         self.manifest = manifest
         self.fingerprint: dict[str, Any] = manifest.get("fingerprint", {})
+        self.fence = fence
         self.await_upload, self.clock, self.free_bytes = await_upload, clock, free_bytes
 
         self.preempted, self.noticed_at = False, 0.0
@@ -149,6 +156,30 @@ class Saver(TrainerCallback):
             self.step_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
             self.dcp_group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
+    def claim_run(self) -> None:
+        """Make this the launch that continues the run. Called by all ranks, once they are ready.
+
+        Raises FencedOff on all of them if another launch has claimed it at the same moment, and
+        UserError if the launch before trains something else, or the claim cannot be written.
+        """
+        problem = None
+        if self.fence is not None and PartialState().is_main_process:
+            try:
+                self.fence.claim()
+            except UserError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = f"{error.filename} cannot be written ({error.strerror})"
+        self.raise_together(problem)
+        self.check_fence()
+
+    def check_fence(self) -> None:
+        """Raise FencedOff on all ranks if there is a newer launch by now. Called by all ranks."""
+        is_looking = self.fence is not None and PartialState().is_main_process
+        newer = self.gather(self.fence.look() if self.fence and is_looking else None)[0]
+        if newer is not None:
+            raise FencedOff(newer)
+
     def promise_to_save(self) -> None:
         """From here on a notice does not end the process: there will be a step to save. Called by
         all ranks.
@@ -178,12 +209,15 @@ class Saver(TrainerCallback):
     def sync_ranks(self, *, due: bool = False) -> bool:
         """All-reduce the votes of all ranks and act on them; return whether to save now.
 
-        Called by all ranks. Raises UserError on all of them if a save has failed on one.
+        Called by all ranks. Raises UserError on all of them if a save has failed on one, FencedOff
+        if a newer launch continues the run.
         """
         votes = self.vote(due)
         anywhere = self.all_reduce(votes)
         if anywhere.notice and not self.preempted:
             self.preempted, self.noticed_at = True, self.notice.received_at or self.clock()
+        if anywhere.fenced or anywhere.failed:
+            self.check_fence()  # a save may fail because the newer launch has removed its folder
         if anywhere.failed:
             # A job may have failed since this rank voted: only what was voted on is reported.
             self.report_failure(self.job.exception() if votes.failed and self.job else None)
@@ -203,6 +237,8 @@ class Saver(TrainerCallback):
             due=due and PartialState().is_main_process,
             failed=self.job is not None and not running and self.job.exception() is not None,
             running=running,
+            # Read last: a job that failed because of it has set it before.
+            fenced=self.fence is not None and self.fence.newer is not None,
         )
 
     def all_reduce(self, votes: Votes) -> Votes:
@@ -220,7 +256,8 @@ class Saver(TrainerCallback):
         `write`, which is given the checkpoint's folder.
 
         Called by all ranks. Returns as soon as training may change the tensors again. Does nothing
-        if this step has been saved. Raises UserError on all ranks if one of them fails.
+        if this step has been saved. Raises UserError on all ranks if one of them fails, FencedOff
+        if a newer launch continues the run.
         """
         # Trainer may ask twice at one step: at the step's end and at its epoch's.
         if step == self.last_step:
@@ -229,6 +266,7 @@ class Saver(TrainerCallback):
         # The save before this one must have ended: the stager's buffers are about to be filled
         # again, and while they are still being written that would corrupt its files.
         self.finish()
+        self.check_fence()
         self.raise_together(self.mount_problem())
         self.folder = self.remove_remains(step)
         self.report_failure(self.write_small_files(self.folder, write))
@@ -325,6 +363,8 @@ class Saver(TrainerCallback):
         problem = self.mount_problem()
         if problem is not None:
             raise UserError(problem)
+        if self.fence is not None:
+            self.fence.check()
         manifest = self.manifest | {
             "stall_seconds": round(self.stall_seconds, 3),
             "files": entries,
@@ -332,18 +372,20 @@ class Saver(TrainerCallback):
         self.await_upload([write_manifest(folder, manifest)])
         # Only now: until the manifest is in the bucket, the checkpoint before is the newest one
         # that a new node would find.
+        if self.fence is not None:
+            self.fence.check()
         prune(folder, keep=self.keep, fingerprint=self.fingerprint)
 
     def finish(self) -> None:
         """Return when the save under way, if there is one, is complete and in the bucket.
 
         Must be called by all ranks, since each phase ends with collectives of all of them. Raises
-        UserError on all ranks if the save fails.
+        UserError on all ranks if the save fails, FencedOff if a newer launch continues the run.
         """
         self.is_waiting = True
         while self.phase is not Phase.IDLE:
             if self.job is not None:
-                wait([self.job])
+                wait([self.job], timeout=SECONDS_BETWEEN_VOTES)
             self.sync_ranks()
         self.is_waiting = False
 
