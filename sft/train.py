@@ -7,14 +7,34 @@ The flags are this project's (finetune/arguments.py, finetune/data/options.py) a
 SFTConfig, ModelConfig and ScriptArguments. The task files show the ones worth setting.
 """
 
-from finetune.launcher import end_with_launcher, end_workers_with_parent
+import os
+import signal
+
+from finetune.launcher import end_with_launcher, end_workers_with_parent, terminate_shell
+from finetune.node import task_id
 from finetune.preemption import EXIT_STATUS, PreemptionNotice
+from finetune.spot_notice import watch_for_spot_notice
 
 notice = PreemptionNotice()
+
+
+def end_task() -> None:
+    """In a task of SkyPilot's: tell the shell of the recipe that this node's training ends."""
+    if task_id() is not None:
+        terminate_shell()
+
+
+def take_machine_back() -> None:
+    """What SIGTERM to all processes of the node does."""
+    end_task()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":  # before the imports below, which take eight seconds
     notice.listen()
     end_with_launcher(is_saving=lambda: notice.received)
     end_workers_with_parent()
+    watch_for_spot_notice(on_final=take_machine_back, on_risk=notice.request_save)
 
 from finetune.command_line import answer_help
 
@@ -22,7 +42,6 @@ if __name__ == "__main__":
     answer_help(__doc__)
 
 import copy
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -287,6 +306,8 @@ def exit_if_preempted(trainer: ResumableSFTTrainer) -> None:
         trainer.accelerator.print(
             f"preempted, and saved at step {state.global_step} within {seconds:.1f} s"
         )
+        if trainer.accelerator.is_local_main_process:
+            end_task()  # the notice may have come to another node alone
         sys.exit(EXIT_STATUS)
 
 

@@ -1,11 +1,13 @@
 """A task file is read as bash and the real parser read it on the node."""
 
+import re
 from pathlib import Path
 
 import pytest
 
 from finetune.arguments import parse_task
 from finetune.errors import UserError
+from finetune.node import BUCKET_MOUNT
 from finetune.task_file import TaskFile
 from helpers.paths import REPO, TASK_FILES
 
@@ -36,6 +38,22 @@ def test_every_task_file_parses(path: Path) -> None:
     assert config.model.use_peft == path.stem.endswith("lora")
     assert task.is_sharded == path.stem.endswith("sft")
     assert config.training.output_dir == f"/checkpoints/{path.stem}"
+
+
+@pytest.mark.parametrize("path", TASK_FILES, ids=lambda path: path.stem)
+def test_the_probe_of_the_docs_is_the_same_run_but_short_and_outside_the_bucket(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkpoint of the probe in the run's folder would have the real run refused."""
+    run = parse_task(TaskFile.read(path))
+    probes = re.findall(r'TRAIN_ARGS="(.*--output_dir .*)"', (REPO / "docs/spot.md").read_text())
+    monkeypatch.setenv("TRAIN_ARGS", *probes)
+    probe = parse_task(TaskFile.read(path))
+    assert not Path(probe.training.output_dir).is_relative_to(BUCKET_MOUNT)
+    assert (probe.script, probe.model, probe.data) == (run.script, run.model, run.data)
+    before, now = run.training.to_dict(), probe.training.to_dict()
+    changed = {name for name in before if before[name] != now[name]}
+    assert changed <= {"output_dir", "logging_dir", "max_steps"}
 
 
 def test_what_the_file_asks_for() -> None:

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
+import psutil
+
 SECONDS_BETWEEN_CHECKS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's sys/prctl.h
 
@@ -49,6 +51,18 @@ def end_after(launcher: int, is_saving: Callable[[], bool]) -> None:
                 flush=True,
             )
     os._exit(1)
+
+
+def terminate_shell() -> None:
+    """Send SIGTERM to the shell that started this rank's launcher, if it was a shell.
+
+    The shell of a recipe passes it on to what it runs, and ends with status 143, after which
+    SkyPilot launches again. The launcher's own status is 1, whatever that of its ranks was.
+    """
+    with suppress(psutil.Error):  # one of them has ended
+        shell = psutil.Process(os.getppid()).parent()
+        if shell is not None and shell.name() in ("bash", "sh"):
+            shell.terminate()
 
 
 def end_workers_with_parent() -> None:

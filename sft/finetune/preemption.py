@@ -1,6 +1,7 @@
 """SIGTERM as a notice of preemption: the run saves a checkpoint and ends.
 
-Slurm, Kubernetes and machines that shut down send it some time before they kill a process.
+Slurm, Kubernetes and machines that shut down send it some time before they kill a process. So does
+finetune/spot_notice.py when a cloud says that it takes the machine back.
 """
 
 import os
@@ -21,6 +22,7 @@ NOTHING_TO_SAVE = (
 class PreemptionNotice:
     """Whether SIGTERM was received since listen().
 
+    save_requested: a checkpoint is wanted soon, and training goes on. Whoever saves sets it back.
     promise: what is done about a notice, as a line for the log. As long as it is None there is
     nothing to save, and a notice ends the process at once. A second SIGTERM changes nothing: one
     signal to a process group reaches a rank twice, directly and from torch's launcher, and a save
@@ -30,6 +32,7 @@ class PreemptionNotice:
     def __init__(self) -> None:
         self.received_at: float | None = None  # seconds, by time.monotonic
         self.promise: str | None = None
+        self.save_requested = False
         self.pid = os.getpid()
 
     def listen(self) -> None:
@@ -63,6 +66,10 @@ class PreemptionNotice:
                 print(self.promise or NOTHING_TO_SAVE, flush=True)
         if self.promise is None:
             os._exit(EXIT_STATUS)
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint after the step under way."""
+        self.save_requested = True
 
     @property
     def received(self) -> bool:

@@ -164,6 +164,21 @@ def run(make_run: Callable[..., Run], tmp_path: Path) -> Run:
     return make_run(tmp_path)
 
 
+def test_a_save_that_is_asked_for_is_made_once_and_training_goes_on(run: Run) -> None:
+    run.notice.request_save()
+    control = run.step()
+    assert control.should_save and not control.should_training_stop
+    run.save(1)
+    run.uploader.next()
+    run.notice.request_save()  # while the first save is under way: another one, after it
+    assert not run.step().should_save
+    run.uploader.close()
+    run.step_until(Phase.IDLE)
+    assert run.step().should_save
+    run.save_completely(2)
+    assert not run.step().should_save
+
+
 def test_a_save_goes_through_its_phases_and_ends(run: Run) -> None:
     assert run.phase is Phase.IDLE
     folder = run.save(3)

@@ -25,7 +25,7 @@ from finetune.model.quantize import quantize
 from helpers.evaluations import EVALUATION
 from helpers.finished_runs import save_adapter_run
 from helpers.hub import TOKEN, FakeHub
-from helpers.launching import LORA, Launch, Start, await_event
+from helpers.launching import LORA, Launch, Start, await_event, losses
 from helpers.paths import CPU_ENVS, REPO
 from helpers.tensors import load_shards
 
@@ -212,6 +212,17 @@ def test_a_lora_run_is_exported_in_every_format(
     assert fidelity["gguf-adapter"] == pytest.approx(fidelity["bf16"], rel=1e-3)
     assert "re-quantisation costs" in records["mxfp4"]["hints"][0]
 
+    # A run of its own may go on from what this one learnt. Its first rows are the same here, and so
+    # from the base it would have the same first loss.
+    more = launch(
+        *LORA,
+        f"--model_name_or_path={tmp_path / 'mxfp4'}",
+        f"--output_dir={tmp_path / 'more'}",
+        "--max_steps=1",
+    )
+    assert more.returncode == 0, more.stderr
+    assert losses(more.stdout)[0] != losses(result.stdout)[0]
+
     card = (tmp_path / "bf16/README.md").read_text()
     assert "| overall | 1,234 | 2.0 -> 1.5 | 7.389 -> 4.4817 |" in card and "(loss.png)" in card
     plot = (run_dir / "final/loss.png").read_bytes()
@@ -259,6 +270,15 @@ def test_a_full_run_is_exported_as_bf16_and_mxfp4(
     name = "model.layers.1.mlp.experts.down_proj"
     expected = unpack(*quantize(final[name].transpose(1, 2)))
     assert unpack(mxfp4[f"{name}_blocks"], mxfp4[f"{name}_scales"]).equal(expected)
+
+    # A run of its own may go on from what this one learnt. Its first rows are the same here.
+    more = launch(
+        "fsdp2.yaml",
+        f"--model_name_or_path={run_dir / 'final'}",
+        f"--output_dir={tmp_path / 'more'}",
+        "--max_steps=1",
+    )
+    assert losses(more.stdout)[0] < losses(result.stdout)[0], more.stderr
 
     # The last checkpoint gives the same weights: it holds them in fp32, shared by two ranks.
     shutil.rmtree(run_dir / "final")

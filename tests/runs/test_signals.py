@@ -4,7 +4,8 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +16,7 @@ import yaml
 from finetune.checkpoint.manifest import check_complete
 from finetune.preemption import NOTHING_TO_SAVE
 from finetune.task_file import TaskFile
+from helpers import metadata_server
 from helpers.launching import LONGEST_RUN, LORA, Start, await_event, finish
 from helpers.paths import CONVERSATIONS, CPU_ENVS, REPO
 from rehearse import free_port, kill_node, map_mounts, mounts, node_envs
@@ -36,10 +38,13 @@ StartTask = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture
 def start_task(tiny_model: Path, tmp_path: Path) -> Iterator[StartTask]:
-    """Start the recipe's run block as SkyPilot does: written to a file, by an interactive bash."""
+    """Start the recipe's run block as SkyPilot does: written to a file, by an interactive bash.
+
+    prefix: a command that runs it, for example nsenter with its flags.
+    """
     shells = []
 
-    def run(*flags: str) -> subprocess.Popen[str]:
+    def run(*flags: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
         small = ("--use_cpu=true", "--max_length=256", "--truncate=true", "--max_steps=4", *flags)
         (envs,) = node_envs(
             TaskFile.read(TASK),
@@ -53,7 +58,7 @@ def start_task(tiny_model: Path, tmp_path: Path) -> Iterator[StartTask]:
         script.write_text("#!/bin/bash\n" + block.replace("29500", str(free_port())))
         shells.append(
             subprocess.Popen(
-                ["/bin/bash", "-i", str(script)],
+                [*prefix, "/bin/bash", "-i", str(script)],
                 env=envs | CPU_ENVS | ONE_PROCESS | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -99,6 +104,55 @@ def test_sigterm_to_the_shell_alone_reaches_what_runs(
     assert shell.returncode == 143, said
     assert kept in said and said.rstrip().endswith(ENDED), said
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+@pytest.fixture
+def aws_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """What its firmware calls a machine of AWS, with AWS's metadata service at the real address;
+    the prefix of commands that run on it. The service answers from tmp_path/metadata.
+    """
+    if os.geteuid() != 0:
+        pytest.skip("a network of its own needs root")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # there is no other
+    firmware = "/sys/class/dmi/id"
+    make = f"""
+    ip link set lo up
+    ip addr add {metadata_server.HOST}/32 dev lo
+    mount -t tmpfs tmpfs /sys/class
+    mkdir -p {firmware}
+    echo Amazon EC2 > {firmware}/sys_vendor
+    exec {sys.executable} {metadata_server.__file__} AWS {tmp_path / "metadata"}
+    """
+    with subprocess.Popen(
+        ["unshare", "--mount", "--net", "bash", "-ec", make], stdout=subprocess.PIPE, text=True
+    ) as machine:
+        read_until(machine.stdout, "listens")
+        yield ["nsenter", f"--target={machine.pid}", "--mount", "--net"]
+        machine.kill()
+
+
+def test_a_notice_of_aws_alone_saves_and_ends_with_the_status_that_is_launched_again(
+    start_task: StartTask, aws_machine: list[str], tmp_path: Path
+) -> None:
+    """Before it a recommendation to rebalance, after which training goes on."""
+    many = ("--max_steps=10000", "--save_steps=10000", "--save_every_minutes=1000")
+    shell = start_task(*many, prefix=aws_machine)
+    read_until(shell.stdout, r"^step 1/")
+    metadata_server.write_answer(
+        tmp_path / "metadata", metadata_server.AWS_REBALANCE, '{"noticeTime": "T1"}'
+    )
+    read_until(shell.stdout, "^AWS may take this machine back: rebalance recommendation of T1; ")
+    await_event(lambda: list(tmp_path.rglob("checkpoint-*/manifest.json")), shell)
+    notice = '{"action": "terminate", "time": "2026-11-26T18:10:00Z"}'
+    metadata_server.write_answer(tmp_path / "metadata", metadata_server.AWS_NOTICE, notice)
+    said, _ = shell.communicate(timeout=LONGEST_RUN)
+    assert shell.returncode == 143, said
+    assert "AWS takes this machine back: terminate at 2026-11-26T18:10:00Z" in said, said
+    assert said.rstrip().endswith(ENDED), said
+    (step,) = re.findall(r"preempted, and saved at step (\d+) within [\d.]+ s", said)
+    kept = sorted(tmp_path.rglob("checkpoint-*"))
+    assert len(kept) == 2 and all(check_complete(folder) is None for folder in kept)
+    assert f"checkpoint-{step}" in {folder.name for folder in kept}
 
 
 def test_sigterm_twice_to_all_processes_in_an_evaluation_saves_its_step(

@@ -14,6 +14,7 @@ import sky
 REPO = Path(__file__).resolve().parents[2]
 TASK_FILES = {path.stem: path for path in sorted(REPO.glob("*.yaml"))}
 SERVE = REPO / "sft/serve.yaml"
+EVALUATE, EXPORT = REPO / "sft/evaluate.yaml", REPO / "sft/export.yaml"
 RESOURCES = {
     "gpt-oss-20b-sft": ({"H100": 8}, 1, None),
     "gpt-oss-120b-sft": ({"H200": 8}, 4, "best"),
@@ -74,8 +75,9 @@ def test_bash(name: str, block: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("block", ["setup", "run"])
-def test_bash_of_serving(block: str, tmp_path: Path) -> None:
-    check_bash(yaml.safe_load(SERVE.read_text())[block], tmp_path / f"{block}.sh")
+@pytest.mark.parametrize("file", [SERVE, EVALUATE, EXPORT], ids=lambda file: file.stem)
+def test_bash_of_the_tasks_after_training(file: Path, block: str, tmp_path: Path) -> None:
+    check_bash(yaml.safe_load(file.read_text())[block], tmp_path / f"{block}.sh")
 
 
 def check_bash(block: str, script: Path) -> None:
@@ -115,6 +117,29 @@ def test_what_serving_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bucket.source == "s3://my-bucket" and bucket.mode.value == "MOUNT"
     assert set(task.secrets) == {"API_KEY", "HF_TOKEN"} and "API_KEY" not in task.envs
     assert re.search(r" vllm==\d+\.\d+\.\d+$", task.setup, re.M)
+
+
+@pytest.mark.parametrize(
+    ("file", "accelerators"),
+    [(EVALUATE, [{"H100": 1}, {"H200": 1}]), (EXPORT, [None])],
+    ids=["evaluate", "export"],
+)
+def test_evaluation_and_export_start_from_the_bucket_and_a_gpu_is_asked_for_where_one_is_needed(
+    file: Path, accelerators: list[dict[str, int] | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPO)
+    config = yaml.safe_load(file.read_text())
+    with pytest.raises(ValueError, match="CHECKPOINT_BUCKET|FORMAT"):
+        sky.Task.from_yaml_config(config)
+    envs = [("CHECKPOINT_BUCKET", "my-bucket"), ("FORMAT", "mxfp4")]
+    task = sky.Task.from_yaml_config(config, env_overrides=envs)
+    assert task.name == file.stem and task.file_mounts == {"/sft": "./sft"}
+    assert [resources.accelerators for resources in task.resources] == accelerators
+    (bucket,) = task.storage_mounts.values()
+    assert bucket.source == "s3://my-bucket" and bucket.mode.value == "MOUNT_CACHED"
+    recipe = yaml.safe_load(TASK_FILES["gpt-oss-20b-lora"].read_text())
+    assert recipe["setup"].startswith(task.setup)
+    assert set(task.secrets) <= set(recipe["secrets"])
 
 
 @pytest.mark.parametrize(

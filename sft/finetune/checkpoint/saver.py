@@ -234,7 +234,7 @@ class Saver(TrainerCallback):
             notice=self.notice.received,
             # Rank 0's clock decides alone. The ranks' clocks pass the limit at slightly different
             # times, and with all of them the fastest one would set the interval.
-            due=due and PartialState().is_main_process,
+            due=(due and PartialState().is_main_process) or self.notice.save_requested,
             failed=self.job is not None and not running and self.job.exception() is not None,
             running=running,
             # Read last: a job that failed because of it has set it before.
@@ -263,6 +263,7 @@ class Saver(TrainerCallback):
         if step == self.last_step:
             return
         started = self.clock()
+        self.notice.save_requested = False
         # The save before this one must have ended: the stager's buffers are about to be filled
         # again, and while they are still being written that would corrupt its files.
         self.finish()
