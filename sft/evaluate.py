@@ -4,9 +4,9 @@
         [--model BASE] [--dataset FILE_OR_NAME]
 
 RUN is the folder of a run, or its `final`. Prints a table of losses by channel and some generated
-turns side by side, and writes evaluation.json into `final`. With WANDB_API_KEY set, the figures go
-to the run's own W&B run as well. It runs on one GPU, or on a CPU; the base of an adapter stays in
-MXFP4.
+turns side by side, writes evaluation.json into `final` and the figures into its model card. With
+WANDB_API_KEY set, the figures go to the run's own W&B run as well. It runs on one GPU, or on a CPU;
+the base of an adapter stays in MXFP4.
 """
 
 from dataclasses import dataclass, field
@@ -63,10 +63,11 @@ from finetune.checkpoint.contents import naming
 from finetune.checkpoint.summary_file import SUMMARY
 from finetune.credentials import without_secrets
 from finetune.data.dataset import tokenize
-from finetune.errors import one_line_errors
+from finetune.errors import one_line_errors, only_warn
 from finetune.evaluation.comparison import TestSet, compare_evaluations, evaluate_model
 from finetune.evaluation.held_out import finished_run, held_out_conversations, sample_prompts
 from finetune.evaluation.report import print_report, send_to_wandb
+from finetune.export.card import update_evaluation
 from finetune.model.attention import choose_attention
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_model, load_tokenizer
@@ -105,6 +106,8 @@ def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
         **compare_evaluations(before, after, test_set.prompts),
     }
     (artifact / EVALUATION).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
+    with only_warn("the model card does not have these figures"):
+        update_evaluation(artifact)
     print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
     if os.environ.get("WANDB_API_KEY"):
         send_to_wandb(evaluation, run_dir=artifact.parent)

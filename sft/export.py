@@ -72,7 +72,8 @@ from huggingface_hub import HfApi
 from finetune.errors import UserError, one_line_errors
 from finetune.export.adapter import vllm_limits, write_adapter
 from finetune.export.base import open_base
-from finetune.export.card import default_name, fidelity_rows, write_card
+from finetune.export.card import default_name, write_card
+from finetune.export.card_figures import fidelity_rows
 from finetune.export.fidelity import fidelity_hints, measure_fidelity
 from finetune.export.files import write_config, write_tokenizer
 from finetune.export.gguf_adapter import write_adapter as write_gguf_adapter
@@ -148,7 +149,7 @@ def export(
     if form == "adapter" and lora is not None:
         record.hints += vllm_limits(run_weights, lora)
 
-    write_card(output, run_weights, record, name=name)
+    write_card(output, run_weights, base, record, name=name)
     record.write(output, finished=True)
     print_result(record, output, name)
     if api is not None and args.push_to_hub is not None:

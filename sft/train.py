@@ -80,6 +80,7 @@ from finetune.checkpoint.saver import Saver
 from finetune.credentials import without_secrets
 from finetune.data.dataset import load_datasets, mean_length
 from finetune.errors import one_line_errors, only_warn
+from finetune.export.card import card_of_artifact
 from finetune.model.attention import choose_attention
 from finetune.model.experts import use_grouped_lora
 from finetune.model.flops import flops_per_token
@@ -328,15 +329,25 @@ def save(
     if warning := few_steps(trainer.state.max_steps):
         summary["warning"] = warning
     title = config.training.run_name
+    saved = summary | {
+        "samples": len(data.train),
+        "held_out_samples": len(data.held_out or ()),
+        "run": data.record.to_json(),
+    }
+    card = None
     if trainer.is_world_process_zero():
         with only_warn("the plot of the losses cannot be drawn"):
             plot_losses(trainer.state.log_history, artifact / LOSS_PLOT, title=title)
+        with only_warn("the model card cannot be written"):
+            assert trainer.weights is not None  # as make_trainer gave them
+            card = card_of_artifact(artifact, data.record, trainer.weights, saved)
     save_artifact(
         trainer.accelerator,
         trainer.model_wrapped,
         data.tokenizer,
         artifact=artifact,
-        summary=summary | {"run": data.record.to_json()},
+        summary=saved,
+        card=card,
         check_fence=trainer.saver.fence.check if trainer.saver.fence else lambda: None,
     )
     if trainer.is_world_process_zero():

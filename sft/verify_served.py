@@ -88,7 +88,9 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     if problem is not None and verdict.ok:
         verdict = Verdict(False, problem, verdict.rows)
     rows = {label: as_number(value) for label, value in verdict.rows.items()}
-    print_summary({"server": client.url, "model": client.model} | rows, title=f"{name}, served")
+    print_summary(
+        {"server": client.shown_url, "model": client.model} | rows, title=f"{name}, served"
+    )
     print(verdict.text, flush=True)
     return verdict
 

@@ -22,6 +22,7 @@ from finetune.export.shards import INDEX
 from finetune.export.source import ADAPTER
 from finetune.model.mxfp4 import unpack
 from finetune.model.quantize import quantize
+from helpers.cards import run_python_of_card
 from helpers.evaluations import EVALUATION
 from helpers.finished_runs import save_adapter_run
 from helpers.hub import TOKEN, FakeHub
@@ -172,6 +173,7 @@ def check_all_load(run_dir: Path, output: Path, base: Path, forms: tuple[str, ..
         assert kl(trained, log_probs(model, inputs)) < 0.05 * effect, form
         generated = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         assert generated.shape[1] > inputs["input_ids"].shape[1]
+        assert run_python_of_card(output / form, base=base)
         card = (output / form / "README.md").read_text()
         assert "license: apache-2.0" in card and "KL from the trained model" in card
         assert str(base.parent) not in card

@@ -16,8 +16,13 @@ def start_server(
     scale: float = 1.0,
     key: str | None = None,
     chat_template: str | None = None,
+    port: int = 0,
+    name: str | None = None,
 ) -> xllamacpp.Server:
-    """llama.cpp's server with this model, on a free port of loopback. It ends with the object."""
+    """llama.cpp's server with this model, on a free port of loopback. It ends with the object.
+
+    name: of the model, in requests.
+    """
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
     params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
@@ -29,6 +34,10 @@ def start_server(
         params.api_keys = [key]
     if chat_template is not None:
         params.chat_template = chat_template
+    if port:
+        params.port = port
+    if name is not None:
+        params.model_alias = {name}
     return xllamacpp.Server(params)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.cards import run_python_of_card
 from helpers.paths import REPO, TASK_FILES
 from rehearse import added_flags, given_flags, map_mounts
 
@@ -30,6 +31,9 @@ def test_a_task_file_runs_to_its_end(task_file: Path) -> None:
     assert "processes: 2" in result.stdout
     assert "killed, as a preempted node is" in result.stdout
     assert "resuming from" in result.stdout
+    work = REPO / ".rehearsal" / task_file.stem
+    (result_folder,) = work.glob("checkpoints/*/final")
+    assert run_python_of_card(result_folder, base=work / "tiny-gpt-oss")
 
 
 def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:

@@ -23,6 +23,7 @@ from finetune.model.loading import save_tokenizer
 ARTIFACT = "final"
 EVALUATION = "evaluation.json"
 LOSS_PLOT = "loss.png"
+CARD = "README.md"
 
 
 def save_artifact(
@@ -32,6 +33,7 @@ def save_artifact(
     *,
     artifact: Path,
     summary: dict[str, Any],
+    card: str | None = None,
     check_fence: Callable[[], None] = lambda: None,
     await_upload: Callable[[list[Path]], None] = await_upload,
 ) -> None:
@@ -41,6 +43,7 @@ def save_artifact(
     in the bucket, and so an artifact with a summary.json is complete. (Not a folder renamed at the
     end: on a mounted bucket a rename copies every file.) Raises UserError if a write fails.
 
+    card: the text of README.md, in place of PEFT's blank one.
     check_fence: raises FencedOff in the first process if a newer launch continues the run; then it
     is raised in every process.
     """
@@ -53,7 +56,7 @@ def save_artifact(
             check_fence()
             unwrapped = accelerator.unwrap_model(model)
             write_artifact(
-                artifact, unwrapped, state_dict, tokenizer, summary, check_fence, await_upload
+                artifact, unwrapped, state_dict, tokenizer, summary, card, check_fence, await_upload
             )
         except FencedOff as fenced:
             newer = fenced.newer
@@ -76,6 +79,7 @@ def write_artifact(
     state_dict: dict[str, torch.Tensor],
     tokenizer: PreTrainedTokenizerBase,
     summary: dict[str, Any],
+    card: str | None,
     check_fence: Callable[[], None],
     await_upload: Callable[[list[Path]], None],
 ) -> None:
@@ -89,10 +93,13 @@ def write_artifact(
     model.save_pretrained(artifact, state_dict=state_dict, save_original_format=False)
     fix_saved_config(artifact)
     save_tokenizer(tokenizer, artifact)
+    if card is not None:
+        (artifact / CARD).write_text(card)
     files = sorted(path for path in artifact.iterdir() if path.is_file())
     await_upload(files)
     check_fence()
-    write_summary(artifact, summary, files)
+    # The card is for people, who may edit it, and evaluate.py adds its figures to it.
+    write_summary(artifact, summary, [file for file in files if file.name != CARD])
     await_upload([artifact / SUMMARY])
 
 

@@ -1,42 +1,28 @@
-"""The model card of an export: what it is, how to load it, how it was trained and evaluated, how
-faithful it is.
+"""The model card, README.md of an artifact or an export: what it is, how it is used, how it was
+trained and evaluated, how faithful it is.
+
+It names models and datasets of the hub. Of folders it names the last part alone: the others are
+nobody else's business.
 """
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finetune.checkpoint.artifact import ARTIFACT, EVALUATION, LOSS_PLOT
+from finetune.checkpoint.artifact import ARTIFACT, CARD
 from finetune.checkpoint.fingerprint import RunRecord
-from finetune.errors import only_warn
-from finetune.export.record import ExportRecord
+from finetune.checkpoint.summary_file import SUMMARY
+from finetune.data.files import format_of
+from finetune.export.base import is_commit
+from finetune.export.card_figures import count_rows, evaluation_section, fidelity_rows, table
+from finetune.export.card_usage import Usage, usage_section
+from finetune.export.record import ExportRecord, Format
 from finetune.export.source import RunWeights
-from finetune.summary import as_text
+from finetune.model.weights import BaseWeights
 
-LOADING = {
-    "adapter": """```python
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")
-model = PeftModel.from_pretrained(base, "{name}")
-```""",
-    "bf16": """```python
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-```""",
-    "mxfp4": """```python
-model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")
-```""",
-    "gguf": """```bash
-llama-server -m model.gguf --jinja
-```""",
-    "gguf-adapter": """With `base.gguf`, a GGUF file of {base} whose experts are in MXFP4:
-
-```bash
-llama-server -m base.gguf --lora adapter.gguf --jinja
-```""",
-}
 DESCRIPTIONS = {
     "adapter": "A LoRA adapter in PEFT's format, experts included (`target_parameters`)",
     "bf16": "All weights in bf16",
@@ -47,70 +33,97 @@ DESCRIPTIONS = {
     "gguf-adapter": "A LoRA adapter as a GGUF file for llama.cpp, experts included",
 }
 LIBRARIES = {"adapter": "peft", "gguf": "gguf", "gguf-adapter": "gguf"}  # transformers otherwise
-# How each figure of fidelity.measure_fidelity is called, in the order of the table.
-LABELS = {
-    "num_tokens": "tokens compared",
-    "kl": "KL from the trained model, nats a token",
-    "kl_bf16": "of that, before re-quantisation (bf16)",
-    "top1_agreement": "same most likely token",
-    "logits_mean_abs_diff": "logits differ by, on average",
-    "logits_max_abs_diff": "logits differ by, at most",
-    "loss": "loss",
-    "loss_trained": "loss of the trained model",
-    "loss_bf16": "loss in bf16",
-    "loss_base": "loss of the base model",
-    "effect_kl": "for comparison: KL of the base model",
-    "experts_effect_kl": "for comparison: KL without LoRA on the experts",
-    "experts_kept": "share of the experts' change that the weights hold",
-}
 # Of the run's record: what the card names elsewhere.
 NOT_SHOWN = {"model", "model_revision", "dataset", "dataset_sha256"}
 
 
-def fidelity_rows(fidelity: dict[str, Any]) -> dict[str, str]:
-    """The figures of measure_fidelity under the labels, and in the format, that a person reads."""
-    rows = {}
-    for name, label in LABELS.items():
-        if name not in fidelity:
-            continue
-        value = fidelity[name]
-        if isinstance(value, int):
-            rows[label] = f"{value:,}"
-        elif name in ("top1_agreement", "experts_kept"):
-            rows[label] = f"{value:.2%}"
-        else:
-            rows[label] = f"{value:.2e}" if "kl" in name else f"{value:.4f}"
-    return rows
-
-
-def write_card(output: Path, run_weights: RunWeights, record: ExportRecord, *, name: str) -> None:
-    """Write README.md, the card that the hub shows. name: of the exported model."""
-    run = run_weights.record
-    base = hub_name(run.model)
-    sections = [
-        front_matter(run, record),
-        f"# {name}\n\n{DESCRIPTIONS[record.format]}: {base} fine-tuned on "
-        f"{hub_name(run.dataset)}. From `{record.origin}`, step {record.step}.",
-        LOADING[record.format].format(base=base, name=name),
-        "## Training\n\n" + table(training_rows(run)),
-        evaluation(run_weights.folder, output),
+def write_card(
+    output: Path, run_weights: RunWeights, base: BaseWeights, record: ExportRecord, *, name: str
+) -> None:
+    """Write the card of an export. name: of the exported model, on the hub if it is uploaded."""
+    run, summary = run_weights.record, run_weights.summary
+    measured = [
+        evaluation_section(run_weights.folder, output, summary),
         fidelity_section(record),
+    ]
+    origin = f" From `{record.origin}`, step {record.step}."
+    text = card_text(run, base, summary, measured, form=record.format, name=name, origin=origin)
+    (output / CARD).write_text(text)
+
+
+def card_of_artifact(
+    artifact: Path, run: RunRecord, base: BaseWeights, summary: dict[str, Any]
+) -> str:
+    """The card of a run's own result, whose plot of the loss is drawn already.
+
+    summary: what summary.json will hold.
+    """
+    measured = [evaluation_section(artifact, artifact, summary)]
+    form: Format = "adapter" if run.use_peft else "bf16"
+    name = default_name(artifact)
+    return card_text(run, base, summary, measured, form=form, name=name, origin="")
+
+
+def update_evaluation(artifact: Path) -> None:
+    """Put the figures of evaluation.json into the card of a run's own result.
+
+    An earlier version's card stays as it is: its hash is in summary.json.
+    """
+    summary = json.loads((artifact / SUMMARY).read_text())
+    file = artifact / CARD
+    if CARD in summary.get("files", {}) or not file.is_file():
+        return
+    before, title, after = file.read_text().partition("\n## Licence\n")
+    before = re.sub(r"\n## Evaluation\n.*?(?=\n## |\Z)", "", before, flags=re.DOTALL)
+    section = evaluation_section(artifact, artifact, summary)
+    file.write_text(f"{before.rstrip()}\n\n{section}\n{title}{after}")
+
+
+def card_text(
+    run: RunRecord,
+    base: BaseWeights,
+    summary: dict[str, Any],
+    measured: list[str],
+    *,
+    form: Format,
+    name: str,
+    origin: str,
+) -> str:
+    """All of a card. measured: its sections on evaluation and fidelity, some of them empty."""
+    is_mxfp4 = any(tensor.endswith("_blocks") for tensor in base.files)
+    usage = Usage(
+        where=name if "/" in name else ".",
+        name=re.sub(r"[^\w.-]", "-", name.rpartition("/")[2]),
+        base=base_name(run),
+        revision=run.model_revision if is_commit(run.model_revision) else "",
+        base_is_mxfp4=is_mxfp4,
+        rank=run.lora.get("lora_r") if run.use_peft else None,
+    )
+    here = "" if "/" in name else " The examples are run in the folder of this card."
+    experts = ", whose experts are in MXFP4," if is_mxfp4 else ""
+    sections = [
+        front_matter(run, form),
+        f"# {name}\n\n{DESCRIPTIONS[form]}: {usage.base}{experts} fine-tuned on "
+        f"{dataset_name(run)}.{origin}{here}",
+        usage_section(form, usage),
+        "## Training\n\n" + table(training_rows(run) | count_rows(summary)),
+        *measured,
         "## Licence\n\nApache 2.0, as that of gpt-oss.",
     ]
-    (output / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n")
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def front_matter(run: RunRecord, record: ExportRecord) -> str:
+def front_matter(run: RunRecord, form: Format) -> str:
     """The YAML that the hub reads. It names models and datasets of the hub, never local folders."""
     fields: dict[str, Any] = {
         "license": "apache-2.0",
-        "library_name": LIBRARIES.get(record.format, "transformers"),
+        "library_name": LIBRARIES.get(form, "transformers"),
         "pipeline_tag": "text-generation",
         "tags": ["gpt-oss", "harmony", "sft", "trl", *(["lora"] if run.use_peft else [])],
     }
-    if is_on_hub(run.model):
+    if is_commit(run.model_revision):
         fields["base_model"] = run.model
-        is_adapter = record.format in ("adapter", "gguf-adapter")
+        is_adapter = form in ("adapter", "gguf-adapter")
         fields["base_model_relation"] = "adapter" if is_adapter else "finetune"
     # A dataset may be followed by its split, revision or number of repetitions.
     datasets = [re.split(r"[:@*]", source)[0] for source in run.dataset.split(",")]
@@ -121,51 +134,11 @@ def front_matter(run: RunRecord, record: ExportRecord) -> str:
 
 def training_rows(run: RunRecord) -> dict[str, Any]:
     """What the run was trained with, by the labels of the card's table."""
-    rows = {"base model": hub_name(run.model), "its revision": run.model_revision}
+    rows = {"base model": base_name(run), "its revision": run.model_revision}
     for name, value in run.to_json().items():
         if name not in NOT_SHOWN and value not in (None, ""):
             rows[name.replace("_", " ")] = value
     return rows
-
-
-def evaluation(source: Path, output: Path) -> str:
-    """The section with evaluate.py's figures, base -> trained, and the plot of the run's loss.
-
-    source: the run's folder that is exported; the plot is copied to output. The section has figures
-    only: the generated texts answer the user's own data, and others read the card. "" if the run
-    has neither figures nor plot.
-    """
-    parts = []
-    if (source / EVALUATION).is_file():
-        with only_warn(f"the card has no figures, for {source / EVALUATION} is damaged"):
-            parts += evaluation_tables(json.loads((source / EVALUATION).read_text()))
-    if (source / LOSS_PLOT).is_file():
-        shutil.copyfile(source / LOSS_PLOT, output / LOSS_PLOT)
-        parts.append(f"![training and evaluation loss]({LOSS_PLOT})")
-    return "\n\n".join(["## Evaluation", *parts]) if parts else ""
-
-
-def evaluation_tables(measured: dict[str, Any]) -> list[str]:
-    """The figures of evaluation.json: losses by channel, and shares of the generated answers."""
-    columns = ("tokens", "loss", "perplexity", "token_accuracy")
-    lines = ["| | " + " | ".join(columns).replace("_", " ") + " |", "|---" * 5 + "|"]
-    for channel, figures in measured["loss"].items():
-        values = " | ".join(as_text(rounded(figures[name])) for name in columns)
-        lines.append(f"| {channel} | {values} |")
-    shares = {
-        name.replace("_", " "): as_text(rounded(pair))
-        for name, pair in measured.items()
-        if isinstance(pair, list) and name != "generations"
-    }
-    answers = f"Of {measured['generated']} answers, base -> trained:\n\n{table(shares)}"
-    return ["\n".join(lines), answers]
-
-
-def rounded(value: Any) -> Any:
-    """Floats, also those of a pair, to four digits."""
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def fidelity_section(record: ExportRecord) -> str:
@@ -176,20 +149,22 @@ def fidelity_section(record: ExportRecord) -> str:
     return "\n\n".join(parts)
 
 
-def table(rows: dict[str, Any]) -> str:
-    """A Markdown table of two columns without headings."""
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join(["| | |", "|---|---|", *lines])
+def base_name(run: RunRecord) -> str:
+    """The base's name on the hub; of a folder only the last part of its path."""
+    return run.model if is_commit(run.model_revision) else Path(run.model).name
 
 
-def is_on_hub(name: str) -> bool:
-    """Whether this is a hub's OWNER/NAME, and no path of this machine."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+def dataset_name(run: RunRecord) -> str:
+    """Names on the hub as they are; of paths and URLs only the last part."""
+    parts = run.dataset.split(",")
+    return ", ".join(part if is_on_hub(part) else Path(part).name for part in parts)
 
 
-def hub_name(name: str) -> str:
-    """A hub's name as it is; of paths only the last part, as folders are nobody else's business."""
-    return name if is_on_hub(name) else ", ".join(Path(part).name for part in name.split(","))
+def is_on_hub(source: str) -> bool:
+    """Whether this is a dataset's OWNER/NAME on the hub, and no path of a file."""
+    name = re.split(r"[:@*]", source)[0]
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return is_name and format_of(name) is None and not Path(name).exists()
 
 
 def default_name(run_dir: Path) -> str:

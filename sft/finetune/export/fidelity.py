@@ -38,7 +38,8 @@ KEPT = 0.01  # the share of a stack's change below which it counts as lost
 def measure_fidelity(
     output: Path, merged: MergedWeights, rows: Rows, *, form: Format
 ) -> dict[str, Any]:
-    """Compare the artifact in `output` with the trained model; the keys are those of card.LABELS.
+    """Compare the artifact in `output` with the trained model; the keys are those of
+    card_figures.LABELS.
 
     rows: input_ids and labels of the conversations to compare on. Raises UserError if the artifact
     lacks what was trained.

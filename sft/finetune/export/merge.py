@@ -29,7 +29,7 @@ from finetune.model.lora import lora_config
 from finetune.model.weights import CPU, BaseWeights
 
 ROOT = "base_model.model."  # what PEFT puts before the names of the base
-CHUNK_BYTES = 2**28  # how much of a weight, in fp32, is computed at a time
+CHUNK_BYTES = 2**26  # how much of a weight, in fp32, is computed at a time
 
 
 @dataclass

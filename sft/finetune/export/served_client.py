@@ -5,11 +5,15 @@ their log-probabilities. They differ in how they name these tokens, and in how t
 chat template makes of a message.
 """
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from finetune.credentials import without_secrets
 from finetune.errors import UserError
 
 NUM_TOKENS = 20  # that are asked for; vLLM gives no more by default (--max-logprobs)
@@ -25,14 +29,36 @@ class Client:
 
     def __init__(self, url: str, *, key: str | None, model: str | None, preferred: str) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        key = (key or "").strip()
+        if not (key.isascii() and (key.isprintable() or not key)):
+            # httpx would quote the key in its error.
+            raise UserError("API_KEY holds characters that no key has: export it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(headers=headers, timeout=TIMEOUT)
-        names = [entry["id"] for entry in self.get("/v1/models")["data"]]
+        listed = self.get("/v1/models")
+        with self.reading("/v1/models", listed):
+            names = [str(entry["id"]) for entry in listed["data"]]
         if model is None:
             model = preferred if preferred in names else names[0] if len(names) == 1 else None
         if model not in names:
-            raise UserError(f"{self.url} serves {', '.join(names)}: say which with --model")
+            served = ", ".join(names) or "no model"
+            raise UserError(f"{self.shown_url} serves {served}: say which with --model")
         self.model = model
+
+    @property
+    def shown_url(self) -> str:
+        """The URL without a password in it."""
+        return without_secrets(self.url)
+
+    @contextmanager
+    def reading(self, path: str, answer: Any) -> Iterator[None]:
+        """Turn what an answer of another form makes Python raise into a line that shows it."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            raise UserError(
+                f"{self.shown_url}{path} does not answer as OpenAI's API does: {str(answer)[:200]}"
+            ) from None
 
     def get(self, path: str) -> Any:
         return self.answer("GET", path, None)
@@ -44,17 +70,23 @@ class Client:
         try:
             response = self.http.request(method, self.url + path, json=body)
         except httpx.TimeoutException:
-            raise UserError(f"{self.url} has not answered in {TIMEOUT} s") from None
+            raise UserError(f"{self.shown_url} has not answered in {TIMEOUT} s") from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(f"{self.url} cannot be reached ({error}): is it serving?") from None
+            raise UserError(
+                f"{self.shown_url} cannot be reached ({error}): is it serving?"
+            ) from None
         if response.status_code in (401, 403):
-            raise UserError(f"{self.url} wants another key: export API_KEY as the server has it")
+            raise UserError(
+                f"{self.shown_url} wants another key: export API_KEY as the server has it"
+            )
         try:
             response.raise_for_status()
             return response.json()
         except (httpx.HTTPStatusError, ValueError):
             text = " ".join(response.text.split())[:200]
-            raise UserError(f"{self.url}{path} answers {response.status_code}: {text}") from None
+            raise UserError(
+                f"{self.shown_url}{path} answers {response.status_code}: {text}"
+            ) from None
 
     def next_log_probs(
         self, tokens: list[int], tokenizer: PreTrainedTokenizerBase
@@ -72,37 +104,48 @@ class Client:
             "temperature": 1,  # some servers scale log-probabilities by it
             "return_tokens_as_token_ids": True,  # vLLM; the others ignore it
         }
-        (choice,) = self.post("/v1/completions", body)["choices"]
-        given = choice.get("logprobs") or {}
-        if given.get("content"):  # llama.cpp's
-            return {c["id"]: c["logprob"] for c in given["content"][0]["top_logprobs"]}
-        if not given.get("top_logprobs"):
-            return {}
-        pairs = given["top_logprobs"][0].items()
-        named = [(token_id(name, tokenizer), value) for name, value in pairs]
-        return {number: value for number, value in named if number is not None}
+        answer = self.post("/v1/completions", body)
+        with self.reading("/v1/completions", answer):
+            found = log_probs_of(answer, tokenizer)
+        return found
 
     def prompt_of(self, message: str, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
         """What the server's chat template makes of a user's message: its tokens or, from a server
         that does not show them, their number; None if it gives neither.
         """
         messages = [{"role": "user", "content": message}]
-        try:  # vLLM
+        no_answer = UserError, KeyError, TypeError, ValueError, AttributeError
+        with suppress(*no_answer):  # vLLM
             answer = self.post("/tokenize", {"model": self.model, "messages": messages})
-            if answer.get("tokens"):
-                return answer["tokens"]
-        except UserError:
-            pass
-        try:  # llama.cpp
+            if answer["tokens"]:
+                return list(answer["tokens"])
+        with suppress(*no_answer):  # llama.cpp
             prompt = self.post("/apply-template", {"messages": messages})["prompt"]
             return tokenizer.encode(prompt, add_special_tokens=False)
-        except UserError:
-            pass
         body = {"model": self.model, "messages": messages, "max_tokens": 1}
-        try:
-            return self.post("/v1/chat/completions", body)["usage"]["prompt_tokens"]
-        except (UserError, KeyError):
-            return None
+        with suppress(*no_answer):
+            return int(self.post("/v1/chat/completions", body)["usage"]["prompt_tokens"])
+        return None
+
+
+def log_probs_of(answer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[int, float]:
+    """The log-probabilities in an answer of /v1/completions. Raises ValueError and its like for
+    one of another form.
+    """
+    (choice,) = answer["choices"]
+    given = choice.get("logprobs") or {}
+    if given.get("content"):  # llama.cpp's
+        tops = given["content"][0]["top_logprobs"]
+        pairs = [(int(top["id"]), float(top["logprob"])) for top in tops]
+    elif given.get("top_logprobs"):
+        named = given["top_logprobs"][0].items()
+        found = [(token_id(name, tokenizer), float(value)) for name, value in named]
+        pairs = [(number, value) for number, value in found if number is not None]
+    else:
+        pairs = []
+    if any(math.isnan(value) for _, value in pairs):
+        raise ValueError("a log-probability is not a number")
+    return dict(pairs)
 
 
 def token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -65,6 +65,13 @@ def judge(compared: Compared, *, max_error: float | None = None) -> Verdict:
     """max_error: the distance from the trained model (nats) that the server's format may add; None
     if nothing is stated.
     """
+    if len(compared.server) == 0:
+        return Verdict(
+            None,
+            "the server gives no log-probabilities at /v1/completions: start it so that it does, "
+            "or ask another server of the same files",
+            {},
+        )
     if len(compared.server) < MIN_VALUES:
         return Verdict(None, "the server names too few of the tokens that were compared", {})
     trained = compared.models["trained"]
@@ -98,7 +105,7 @@ def sentence(
             "neither the trained model nor its base answers: another base model, or the adapter "
             "of another run"
         )
-    if error > CLOSE * effect:
+    if not error <= CLOSE * effect:  # also if it is not a number
         return False, (
             f"what answers is {error:.4f} nats from the trained model, and training changed "
             f"{effect:.4f}: the adapter of another run, or quantised too far"

@@ -8,6 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -42,16 +43,19 @@ class RunWeights(ABC):
 
     folder: what is read; origin: its name, `final` or `checkpoint-N`; step: of the optimizer, None
     if the run did not record it; record: what was trained on what; shapes: of each tensor, by name;
-    lora_file: where the adapter's configuration is from.
+    lora_file: where the adapter's configuration is from; summary: the run's summary.json, empty of
+    a run that has not finished.
     """
 
     lora_file: Path
+    summary: dict[str, Any]
 
     def __init__(self, folder: Path, *, step: int | None, record: RunRecord) -> None:
         self.folder, self.step, self.record = folder, step, record
         self.origin = folder.name
         self.is_adapter = record.use_peft
         self.shapes: dict[str, torch.Size] = {}
+        self.summary = {}
 
     def shape(self, name: str) -> torch.Size:
         return self.shapes[name]
@@ -87,6 +91,7 @@ class FinalArtifact(RunWeights):
         else:
             record = newest_record(run_dir)
         super().__init__(folder, step=summary.get("steps"), record=record)
+        self.summary = summary
         self.lora_file = folder / "adapter_config.json"
         if self.is_adapter:
             self.files = read_names([folder / ADAPTER])
