@@ -5,7 +5,7 @@
 # make test                                                       lint, types and all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
 # make imports                                                    which module imports which, floor by floor
-# make sky                                                        SkyPilot, in .venv/sky
+# make sky [CLOUD="gcp nebius"]                                   SkyPilot, in .venv/sky, for AWS, Slurm and these clouds
 # make lock                                                       pyproject.toml -> lock files
 #
 # Python: the first of 3.11, 3.12 and 3.13 that this machine has. PYTHON_VERSION=3.12 chooses another, in an
@@ -54,7 +54,7 @@ test-fast: check
 test: check $(SKY)/.installed
 	$(PYTHON) -m pytest tests --ignore tests/runs -n 2
 	$(PYTHON) -m pytest tests/runs
-	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_docs.py
+	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_choices.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed
 	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
@@ -63,6 +63,7 @@ imports: $(TRAIN)/.installed
 	$(PYTHON) tests/helpers/imports.py
 
 sky: $(SKY)/.installed
+	$(if $(CLOUD),$(UV) pip install -q --python $(SKY)/bin/python $(CLOUD:%='skypilot[%]') -c tests/sky/requirements.lock -c tests/sky/clouds.lock)
 
 $(TRAIN)/.installed: Makefile sft/requirements.lock sft/cuda.lock tests/requirements.lock | $(UV)
 	$(UV) venv -q --allow-existing $(CREATE) $(TRAIN)
@@ -94,6 +95,9 @@ lock: | $(UV)
 	$(COMPILE) --no-header --group training --group dev -c .venv/full.lock -o .venv/dev.lock
 	grep -vxFf .venv/full.lock .venv/dev.lock > tests/requirements.lock
 	$(COMPILE) --no-header --group sky -o tests/sky/requirements.lock
+	cat tests/sky/requirements.lock tests/sky/clouds.lock > .venv/clouds.lock
+	$(COMPILE) --no-header --group sky --group clouds -c tests/sky/requirements.lock -o .venv/clouds.lock
+	grep -vxFf tests/sky/requirements.lock .venv/clouds.lock > tests/sky/clouds.lock
 
 clean:
 	rm -rf .venv .rehearsal .cache

@@ -287,7 +287,12 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
     for stock in (PrinterCallback, ProgressCallback):  # LogLine prints instead
         trainer.remove_callback(stock)
 
-    trainer.accelerator.print(f"attention: {attention}; processes: {num_processes}")
+    args = trainer.args
+    rows = num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    trainer.accelerator.print(
+        f"attention: {attention}; processes: {num_processes}; global batch: {rows} rows "
+        f"({args.per_device_train_batch_size} a GPU, {args.gradient_accumulation_steps} times)"
+    )
     return trainer, throughput
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from finetune.arguments import check_spelling, parse_args
 from finetune.errors import UserError
+from finetune.node import num_processes
 
 BASE = ["--use_cpu=true", "--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
 
@@ -16,6 +17,39 @@ def test_router_aux_loss_is_off_unless_asked_for() -> None:
 def test_only_what_is_trained_is_unpacked() -> None:
     assert parse_args(BASE).run.dequantize
     assert not parse_args([*BASE, "--use_peft=true", "--lora_dropout=0"]).run.dequantize
+
+
+@pytest.mark.parametrize(("num_gpus", "times"), [(1, 8), (2, 4), (4, 2), (8, 1)])
+def test_a_global_batch_is_that_of_any_number_of_gpus(num_gpus: int, times: int) -> None:
+    flags = [*BASE, "--per_device_train_batch_size=1", "--global_batch_size=8"]
+    training = parse_args(flags, num_gpus=num_gpus).training
+    assert training.gradient_accumulation_steps == times
+
+
+def test_the_ranks_of_a_launch_are_those_that_its_launcher_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SKYPILOT_NUM_NODES", "2")
+    monkeypatch.setenv("SKYPILOT_NUM_GPUS_PER_NODE", "4")
+    assert num_processes() == 8  # in preflight, before there is a launcher
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert num_processes() == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--per_device_train_batch_size=4", "8 rows .* 3 GPUs .* compute 12 rows at once"),
+        ("--gradient_accumulation_steps=2", "--gradient_accumulation_steps 2 is worked out"),
+        ("--global_batch_size=0", "0 rows .* cannot be shared out"),
+    ],
+)
+def test_a_global_batch_that_does_not_come_out_is_refused(flag: str, message: str) -> None:
+    flags = [*BASE, "--per_device_train_batch_size=1", "--global_batch_size=8", flag]
+    with pytest.raises(UserError, match=message) as refused:
+        parse_args(flags, num_gpus=3)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import one_line_errors
+from finetune.node import driver_problem
 from helpers.launching import defaults
 from helpers.paths import CPU_ENVS, REPO
 from preflight import main
@@ -133,6 +134,24 @@ def test_a_bucket_that_is_not_mounted_is_named(preflight: Preflight) -> None:
 def test_a_node_with_too_few_gpus_is_refused(preflight: Preflight) -> None:
     line = preflight(ACCELERATE_USE_CPU="false", SKYPILOT_NUM_GPUS_PER_NODE="80")
     assert "GPUs are usable, 80 wanted" in line
+
+
+@pytest.mark.parametrize(
+    ("driver", "cuda", "message"),
+    [
+        ("570.133.20", "13.0", "driver is 570.133.20, and CUDA 13.0 needs 580 or newer"),
+        ("580.95.05", "13.0", None),
+        ("595.10", "13.0", None),
+        ("570.133.20", "12.8", None),
+        ("570.133.20", None, None),  # torch without CUDA
+        (None, "13.0", None),  # no driver at all: then no GPU is usable, which has its own line
+    ],
+)
+def test_a_driver_too_old_for_cuda_13_is_named(
+    driver: str | None, cuda: str | None, message: str | None
+) -> None:
+    problem = driver_problem(driver, cuda=cuda)
+    assert problem is None if message is None else message in str(problem)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")

@@ -12,6 +12,7 @@ from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from finetune.command_line import one_line
 from finetune.data.options import DataArguments, check_data_arguments
 from finetune.errors import UserError
+from finetune.node import num_processes
 from finetune.task_file import TaskFile
 
 # What a folder, an object of a bucket, a W&B run, a picture's title and a shell all take as it is.
@@ -35,6 +36,14 @@ class RunArguments:
         metadata={
             "help": "Resume although the model, the data or a hyperparameter differs from those of "
             "the run that wrote the checkpoint."
+        },
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one optimizer step, on all GPUs together. Gradients are accumulated "
+            "over as many batches as that takes on the GPUs there are. By default it follows from "
+            "--per_device_train_batch_size, --gradient_accumulation_steps and the GPUs."
         },
     )
     dequantize: bool | None = field(
@@ -105,9 +114,10 @@ def check_run_name(name: str | None) -> None:
         )
 
 
-def parse_args(args: list[str] | None = None) -> Config:
+def parse_args(args: list[str] | None = None, *, num_gpus: int | None = None) -> Config:
     """Parse the flags, by default those of the command line.
 
+    num_gpus: those that share a global batch, by default the ranks of this launch.
     Raises UserError for unknown flags, wrong values and flags that contradict each other.
     """
     try:
@@ -117,6 +127,10 @@ def parse_args(args: list[str] | None = None) -> Config:
     check_flags(config)
     check_unused_flags(config)
     check_data_arguments(config.data)
+    if config.run.global_batch_size is not None:
+        config.training.gradient_accumulation_steps = accumulation_steps(
+            config, num_gpus=num_gpus or num_processes()
+        )
     return resolved(config)
 
 
@@ -126,7 +140,30 @@ def parse_task(task: TaskFile, *changes: str) -> Config:
     changes: flags that take precedence. Raises UserError as parse_args does.
     """
     # Without --use_cpu SFTConfig refuses bf16 on a machine that has no GPU.
-    return parse_args([*task.flags, *changes, "--use_cpu=true"])
+    return parse_args([*task.flags, *changes, "--use_cpu=true"], num_gpus=task.num_gpus)
+
+
+def accumulation_steps(config: Config, *, num_gpus: int) -> int:
+    """The batches that each GPU computes for one optimizer step of --global_batch_size rows.
+
+    Raises UserError if that is no whole number, or is given a second time as a flag.
+    """
+    training, rows = config.training, config.run.global_batch_size
+    assert rows is not None
+    if training.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"--gradient_accumulation_steps {training.gradient_accumulation_steps} is worked out "
+            f"from --global_batch_size {rows}: remove it, and set GLOBAL_BATCH_SIZE in the task "
+            "file to the rows of a step on all GPUs together"
+        )
+    at_once = training.per_device_train_batch_size * num_gpus
+    if rows < 1 or rows % at_once:
+        raise UserError(
+            f"a global batch of {rows} rows (GLOBAL_BATCH_SIZE) cannot be shared out: {num_gpus} "
+            f"GPUs with --per_device_train_batch_size {training.per_device_train_batch_size} "
+            f"compute {at_once} rows at once; set it to a multiple of {at_once}, or take fewer GPUs"
+        )
+    return rows // at_once
 
 
 def resolved(config: Config) -> Config:

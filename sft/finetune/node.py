@@ -1,7 +1,7 @@
 """This node, as SkyPilot and the task file set it up: its GPUs, the bucket's mount, W&B's key.
 
-The only module that reads SKYPILOT_*, CHECKPOINT_BUCKET and MASTER_PORT. Every check is made before
-a GPU is used, and raises UserError with what to do.
+The only module that reads SKYPILOT_*, CHECKPOINT_BUCKET, UPLOAD_MINUTES and MASTER_PORT. Every
+check is made before a GPU is used, and raises UserError with what to do.
 """
 
 import os
@@ -12,6 +12,7 @@ from pathlib import Path
 from finetune.errors import UserError
 
 BUCKET_MOUNT = "/checkpoints"
+DRIVER_OF_CUDA_13 = 580  # the first branch of NVIDIA's Linux drivers that runs CUDA 13
 
 
 def num_gpus() -> int:
@@ -20,8 +21,9 @@ def num_gpus() -> int:
 
 
 def num_processes() -> int:
-    """Ranks of the whole run, one a GPU."""
-    return int(os.environ.get("SKYPILOT_NUM_NODES", 1)) * num_gpus()
+    """Ranks of the whole run, one a GPU: as the launcher says, or as SkyPilot does before it."""
+    nodes = int(os.environ.get("SKYPILOT_NUM_NODES", 1))
+    return int(os.environ.get("WORLD_SIZE", nodes * num_gpus()))
 
 
 def node_rank() -> int:
@@ -44,20 +46,62 @@ def task_id() -> str | None:
     return os.environ.get("SKYPILOT_TASK_ID")
 
 
+def upload_minutes() -> float:
+    """For how long a bucket may take no file before it is given up. Raises UserError if
+    UPLOAD_MINUTES is no number.
+    """
+    value = os.environ.get("UPLOAD_MINUTES") or "60"
+    try:
+        return float(value)
+    except ValueError as error:
+        raise UserError(f"UPLOAD_MINUTES {value!r} is not a number of minutes") from error
+
+
 def check_gpus() -> None:
-    """Raise UserError if this node has fewer usable GPUs than ranks."""
+    """Raise UserError if this node's driver is too old, or its usable GPUs are fewer than ranks."""
     import torch  # here, so that tools without a GPU start in a second
 
-    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
-    if not use_cpu and torch.cuda.device_count() < num_gpus():
+    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+        return
+    problem = driver_problem(nvidia_driver(), cuda=torch.version.cuda)
+    if problem is not None:  # torch counts GPUs that an old driver cannot use
+        raise UserError(problem)
+    if torch.cuda.device_count() < num_gpus():
         raise UserError(
             f"{torch.cuda.device_count()} GPUs are usable, {num_gpus()} wanted: "
             "does nvidia-smi work on this node?"
         )
 
 
+def nvidia_driver() -> str | None:
+    """The version of this node's NVIDIA driver, for example 580.95.05; None if there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except pynvml.NVMLError:
+        return None
+
+
+def driver_problem(driver: str | None, *, cuda: str | None) -> str | None:
+    """What is wrong with this driver for torch built with this CUDA version; None if nothing is.
+
+    Source: NVIDIA's CUDA Toolkit release notes, "CUDA Toolkit and Minimum Required Driver Version".
+    """
+    if driver is None or cuda is None or int(cuda.split(".")[0]) < 13:
+        return None
+    if int(driver.split(".")[0]) >= DRIVER_OF_CUDA_13:
+        return None
+    return (
+        f"this node's NVIDIA driver is {driver}, and CUDA {cuda} needs {DRIVER_OF_CUDA_13} or "
+        "newer: launch on a machine or an image that brings one; docs/launch.md says which do"
+    )
+
+
 def check_output_dir(output_dir: str) -> None:
     """Raise UserError if checkpoints cannot be kept there: not mounted, not writable, full."""
+    upload_minutes()
     bucket = os.environ.get("CHECKPOINT_BUCKET")
     if bucket and output_dir.startswith(BUCKET_MOUNT) and not os.path.ismount(BUCKET_MOUNT):
         raise UserError(

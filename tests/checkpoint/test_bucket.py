@@ -7,10 +7,13 @@ import pytest
 from finetune.checkpoint.bucket import (
     POLL_SECONDS,
     REMINDER_SECONDS,
+    await_all_uploads,
     await_upload,
     cache_of,
     is_uploaded,
 )
+from finetune.errors import UserError
+from finetune.node import upload_minutes
 
 
 @pytest.mark.parametrize(
@@ -47,8 +50,8 @@ def test_an_upload_that_takes_long_is_reported_each_minute(
     await_upload(files, find_records=lambda folder: tmp_path, sleep=sleep, clock=lambda: now)
     reminders = capsys.readouterr().out.splitlines()
     assert len(reminders) == 2
-    assert "2 of 2 files in" in reminders[0] and "after 1 min" in reminders[0]
-    assert "1 of 2 files in" in reminders[1] and "after 2 min" in reminders[1]
+    assert "2 files in" in reminders[0] and "after 1 min" in reminders[0]
+    assert "1 files in" in reminders[1] and "after 2 min" in reminders[1]
 
 
 def test_a_local_folder_has_nothing_to_wait_for(tmp_path: Path) -> None:
@@ -58,3 +61,36 @@ def test_a_local_folder_has_nothing_to_wait_for(tmp_path: Path) -> None:
     assert cache_of(tmp_path) is None
     await_upload([tmp_path / "file"], sleep=sleep)
     await_upload([], sleep=sleep)
+    await_all_uploads(tmp_path, sleep=sleep)
+    await_all_uploads(tmp_path / "missing", sleep=sleep)
+
+
+def test_a_bucket_that_takes_files_slowly_is_waited_for_and_a_dead_one_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of four files takes 50 minutes, and of 60 each is allowed; the last never comes."""
+    monkeypatch.setenv("UPLOAD_MINUTES", "60")
+    folder = tmp_path / "records/run/checkpoint-4"
+    folder.mkdir(parents=True)
+    records = [folder / name for name in "abcd"]
+    for record in records:
+        record.write_text('{"Dirty": true}')
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += 60
+        for record in records[: min(3, int(now // 3000))]:
+            record.write_text('{"Dirty": false}')
+
+    with pytest.raises(UserError, match="taken none of 1 files in .* for 60 minutes"):
+        await_all_uploads(
+            tmp_path, find_records=lambda _: tmp_path / "records", sleep=sleep, clock=lambda: now
+        )
+    assert 3 * 3000 + 3600 < now < 3 * 3000 + 3600 + 180
+
+
+def test_upload_minutes_that_are_no_number_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPLOAD_MINUTES", "an hour")
+    with pytest.raises(UserError, match="UPLOAD_MINUTES 'an hour' is not a number"):
+        upload_minutes()

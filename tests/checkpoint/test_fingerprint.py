@@ -51,7 +51,7 @@ def test_a_changed_flag_is_refused_and_named(tiny_model: Path, tmp_path: Path) -
     dataset = Dataset.from_list(ROWS)
 
     def of(*flags: str, num_processes: int = 2) -> RunRecord:
-        config = parse_args([*defaults(tiny_model, tmp_path), *flags])
+        config = parse_args([*defaults(tiny_model, tmp_path), *flags], num_gpus=num_processes)
         return run_record(
             config, dataset, conversation_start_date="2026-01-02", num_processes=num_processes
         )
@@ -59,6 +59,9 @@ def test_a_changed_flag_is_refused_and_named(tiny_model: Path, tmp_path: Path) -
     saved = of()
     check_same_run("checkpoint-2", saved, of())
     check_same_run("checkpoint-2", saved, of("--gradient_accumulation_steps=2", num_processes=1))
+    for num_processes in (1, 2):
+        same = of("--global_batch_size=2", num_processes=num_processes)
+        check_same_run("checkpoint-2", saved, same)
     with pytest.raises(UserError) as refused:
         check_same_run("checkpoint-2", saved, of("--learning_rate=0.5", "--seed=7"))
     assert "learning_rate 0.01 -> 0.5; seed 42 -> 7" in str(refused.value)

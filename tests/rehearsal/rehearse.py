@@ -46,6 +46,7 @@ REHEARSAL_FLAGS = {
     "max_length": "1024",
     "learning_rate": "1e-2",
     "save_steps": "4",
+    "global_batch_size": "4",  # two batches on each process: gradients are accumulated, as on GPUs
 }
 NUM_PROCESSES = 2
 SHOWN_LINES = (

@@ -40,7 +40,7 @@ def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
     result = rehearse(
         "gpt-oss-20b-lora.yaml", TRAIN_ARGS="--max_length 8 --learning-rate=1e-3 --save_steps 2"
     )
-    assert "rehearsal sets: --use_cpu true --max_steps 12\n" in result.stdout
+    assert "rehearsal sets: --use_cpu true --max_steps 12 --global_batch_size 4\n" in result.stdout
     # Every conversation is longer than eight tokens, so the user's max_length was used.
     assert result.returncode == 1
     assert "error: nothing is left to train on" in result.stdout
@@ -51,13 +51,19 @@ def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
     [
         (
             "",
-            "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4",
+            "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4 "
+            "--global_batch_size 4",
         ),
         (
             "--max_length 2048 --lora_r=4",
-            "--use_cpu true --max_steps 12 --learning_rate 1e-2 --save_steps 4",
+            "--use_cpu true --max_steps 12 --learning_rate 1e-2 --save_steps 4 "
+            "--global_batch_size 4",
         ),
-        ("--max-steps=20 --learning_rate 1e-4 --save_steps 5 --max_length 99", "--use_cpu true"),
+        (
+            "--max-steps=20 --learning_rate 1e-4 --save_steps 5 --max_length 99 "
+            "--global_batch_size=2",
+            "--use_cpu true",
+        ),
     ],
 )
 def test_the_rehearsal_sets_what_the_user_does_not(

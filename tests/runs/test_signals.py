@@ -23,7 +23,12 @@ from rehearse import free_port, kill_node, map_mounts, mounts, node_envs
 
 TASK = REPO / "gpt-oss-20b-lora.yaml"
 ONE_PROCESS = {"SKYPILOT_NUM_GPUS_PER_NODE": "1", "PYTHONUNBUFFERED": "1"}
-ENDED = "ended by SIGTERM: a new launch goes on from the newest complete checkpoint"
+ENDED = "ended by SIGTERM: a new launch goes on from the newest complete checkpoint\n"
+# SkyPilot appends its wait for uploads to the block, which begins and ends like this.
+APPENDED = """
+__skypilot_user_exit_code=$?
+echo "uploads are awaited with status $__skypilot_user_exit_code"
+exit $__skypilot_user_exit_code"""
 # Half of the rows are held out.
 EVALUATES = (
     "--eval_strategy=steps",
@@ -55,7 +60,7 @@ def start_task(tiny_model: Path, tmp_path: Path) -> Iterator[StartTask]:
         )
         block = map_mounts(yaml.safe_load(TASK.read_text())["run"], mounts(tmp_path))
         script = tmp_path / "run.sh"
-        script.write_text("#!/bin/bash\n" + block.replace("29500", str(free_port())))
+        script.write_text("#!/bin/bash\n" + block.replace("29500", str(free_port())) + APPENDED)
         shells.append(
             subprocess.Popen(
                 [*prefix, "/bin/bash", "-i", str(script)],
@@ -102,8 +107,15 @@ def test_sigterm_to_the_shell_alone_reaches_what_runs(
     shell.terminate()
     said, _ = shell.communicate(timeout=LONGEST_RUN)
     assert shell.returncode == 143, said
-    assert kept in said and said.rstrip().endswith(ENDED), said
+    assert kept in said and said.endswith(ENDED + "uploads are awaited with status 143\n"), said
     assert not list(tmp_path.rglob("checkpoint-*"))
+
+
+def test_uploads_are_awaited_after_a_failure_too(start_task: StartTask) -> None:
+    shell = start_task("--lerning_rate=1")
+    said, _ = shell.communicate(timeout=LONGEST_RUN)
+    assert shell.returncode == 1 and "there is no flag --lerning_rate" in said
+    assert said.endswith("uploads are awaited with status 1\n"), said
 
 
 @pytest.fixture
@@ -148,7 +160,7 @@ def test_a_notice_of_aws_alone_saves_and_ends_with_the_status_that_is_launched_a
     said, _ = shell.communicate(timeout=LONGEST_RUN)
     assert shell.returncode == 143, said
     assert "AWS takes this machine back: terminate at 2026-11-26T18:10:00Z" in said, said
-    assert said.rstrip().endswith(ENDED), said
+    assert said.endswith(ENDED + "uploads are awaited with status 143\n"), said
     (step,) = re.findall(r"preempted, and saved at step (\d+) within [\d.]+ s", said)
     kept = sorted(tmp_path.rglob("checkpoint-*"))
     assert len(kept) == 2 and all(check_complete(folder) is None for folder in kept)

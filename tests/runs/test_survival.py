@@ -224,18 +224,20 @@ def test_a_run_ends_when_its_bucket_is_unmounted_and_resumes_when_it_is_back(
 def test_a_run_is_resumed_on_another_number_of_processes(launch: Launch, tmp_path: Path) -> None:
     """From two ranks to one, with the same global batch: the same losses up to rounding."""
     flags = (*FULL, "--save_steps=3", "--max_steps=6")
-    first = launch(*flags)
+    first = launch(*flags, "--global_batch_size=4")
     assert first.returncode == 0, first.stderr
+    assert "global batch: 4 rows (1 a GPU, 2 times)" in first.stdout
     unbroken = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
     shutil.rmtree(tmp_path / "run/checkpoint-6")
     shutil.rmtree(tmp_path / "run/final")
 
     refused = launch(*flags, num_processes=1)
     assert refused.returncode != 0
-    assert "global_batch_size 2 -> 1" in refused.stderr
+    assert "global_batch_size 4 -> 1" in refused.stderr
 
-    resumed = launch(*flags, "--gradient_accumulation_steps=2", num_processes=1)
+    resumed = launch(*flags, "--global_batch_size=4", num_processes=1)
     assert resumed.returncode == 0, resumed.stderr
+    assert "global batch: 4 rows (1 a GPU, 4 times)" in resumed.stdout
     state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
     for expected, actual in zip(unbroken["log_history"], state["log_history"], strict=True):
         if "loss" in expected:

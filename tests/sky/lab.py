@@ -12,11 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import boto3
+import psutil
 import pytest
 
 REPO = Path(__file__).resolve().parents[2]
@@ -24,13 +25,14 @@ REHEARSAL = REPO / "tests/rehearsal"
 CONVERSATIONS = REHEARSAL / "conversations.jsonl"
 BUCKET = "checkpoints"
 WANDB_KEY = "0123456789abcdef" * 2 + "01234567"  # of the right form, and nobody's
+S3_PORT = "46655"  # as lab.sh has it
 NUM_RANKS = 2
 STEPS = 18  # about one a second: a test that waits for a checkpoint has time to interfere
-SCALED_DOWN = {  # the GPUs a node is asked for, and the number of nodes
-    "gpt-oss-20b-lora": ("H100:2", 1),
-    "gpt-oss-20b-sft": ("H100:2", 1),
-    "gpt-oss-120b-lora": ("H100:2", 1),
-    "gpt-oss-120b-sft": ("H200:1", 2),
+SCALED_DOWN = {  # the GPUs a node is asked for, the number of nodes, and the global batch
+    "gpt-oss-20b-lora": ("H100:2", 1, 8),
+    "gpt-oss-20b-sft": ("H100:2", 1, 2),
+    "gpt-oss-120b-lora": ("H100:2", 1, 2),
+    "gpt-oss-120b-sft": ("H200:1", 2, 2),
 }
 # A recovery and the rest of the training take about 90 s on an idle machine. A machine five times
 # as busy still keeps well within this.
@@ -105,9 +107,10 @@ def newest_job() -> dict[str, Any]:
 
 def scaled_down_options(name: str, model: Path) -> list[str]:
     """The options of `sky launch` that make a recipe small enough for the lab."""
-    gpus, num_nodes = SCALED_DOWN[name]
+    gpus, num_nodes, global_batch_size = SCALED_DOWN[name]
     envs = {
-        "CHECKPOINT_BUCKET": BUCKET,
+        "GLOBAL_BATCH_SIZE": global_batch_size,
+        "CHECKPOINT_BUCKET": f"s3://{BUCKET}",
         "MODEL": model,
         "DATASET": CONVERSATIONS,
         "TRAIN_ARGS": "--use_cpu true --max_length 512 --learning_rate 1e-2 "
@@ -169,3 +172,64 @@ def object_sizes(prefix: str) -> dict[str, int]:
         for page in pages
         for item in page.get("Contents", [])
     }
+
+
+def last_node() -> str:
+    """The last of the nodes that are in use."""
+    nodes = run("squeue", "--noheader", "--format=%N").strip()
+    return run("scontrol", "show", "hostnames", nodes).split()[-1]
+
+
+def process_with(*words: str) -> psutil.Process:
+    """The only process whose command line ends with these words."""
+    (process,) = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if (process.info["cmdline"] or [])[-len(words) :] == list(words)
+    ]
+    return process
+
+
+def slurmd(node: str) -> psutil.Process:
+    """The process that stands for a machine of the lab."""
+    return process_with("-N", node)
+
+
+def step_being_uploaded(node: str) -> int | None:
+    """The step of a checkpoint with weights that the node's rclone has not uploaded, or None."""
+    cache = Path(f"/proc/{slurmd(node).pid}/root/srv/local")
+    for record in cache.glob("*/.cache/rclone/*/vfsMeta/**/checkpoint-*/*.distcp"):
+        with suppress(OSError, ValueError):  # it has been deleted, or is being written
+            if json.loads(record.read_text())["Dirty"]:
+                return int(record.parent.name.removeprefix("checkpoint-"))
+    return None
+
+
+@contextmanager
+def suspended_during_upload(node: str, *, wait: Callable[..., None]) -> Iterator[int]:
+    """The S3 server answers nobody while the weights of a checkpoint wait for their upload.
+
+    wait: wait_until, or wait_for_job_to_reach. Yields its step. Its manifest cannot be in the
+    bucket: it is written after their upload.
+    """
+    server = process_with("-p", S3_PORT)
+    while True:
+        # Rclone uploads a file about a second after it was written.
+        wait(lambda: step_being_uploaded(node), interval=0.02)
+        server.suspend()
+        try:
+            step = step_being_uploaded(node)  # None if the upload was faster: then the next one
+            if step is not None:
+                yield step
+                return
+        finally:
+            server.resume()
+
+
+def processes_running(script: str) -> list[psutil.Process]:
+    """The Python processes of this script, on any of the lab's machines."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if script in (process.info["cmdline"] or [])[1:3] and process.is_running()
+    ]

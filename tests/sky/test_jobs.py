@@ -7,7 +7,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import boto3
@@ -18,6 +18,7 @@ from lab import (
     BUCKET,
     WANDB_KEY,
     assert_nothing_is_left,
+    last_node,
     launch,
     loss_history,
     newest_job,
@@ -25,13 +26,14 @@ from lab import (
     only_in_the_lab,
     run,
     scaled_down_options,
+    slurmd,
+    suspended_during_upload,
     torn_down,
     wait_for_job_to_reach,
     wait_until,
 )
 
 MANIFEST = "manifest.json"  # the last file of a checkpoint: with it the checkpoint is complete
-S3_PORT = "46655"
 
 pytestmark = only_in_the_lab
 
@@ -59,21 +61,6 @@ def await_checkpoint(run_name: str, *, from_step: int = 1) -> None:
     wait_for_job_to_reach(lambda: max(steps(), default=0) >= from_step)
 
 
-def process_with(*words: str) -> psutil.Process:
-    """The only process whose command line ends with these words."""
-    (process,) = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if (process.info["cmdline"] or [])[-len(words) :] == list(words)
-    ]
-    return process
-
-
-def slurmd(node: str) -> psutil.Process:
-    """The process that stands for a machine of the lab."""
-    return process_with("-N", node)
-
-
 def processes_of(node: str) -> list[psutil.Process]:
     """The processes that see the same files as the machine's slurmd."""
     files = os.readlink(f"/proc/{slurmd(node).pid}/ns/mnt")
@@ -83,35 +70,6 @@ def processes_of(node: str) -> list[psutil.Process]:
             if os.readlink(f"/proc/{process.pid}/ns/mnt") == files:
                 found.append(process)
     return found
-
-
-def step_being_uploaded(node: str) -> int | None:
-    """The step of a checkpoint with weights that the node's rclone has not uploaded, or None."""
-    cache = Path(f"/proc/{slurmd(node).pid}/root/srv/local")
-    for record in cache.glob("*/.cache/rclone/*/vfsMeta/**/checkpoint-*/*.distcp"):
-        with suppress(OSError, ValueError):  # it has been deleted, or is being written
-            if json.loads(record.read_text())["Dirty"]:
-                return int(record.parent.name.removeprefix("checkpoint-"))
-    return None
-
-
-@contextmanager
-def suspended_during_upload(server: psutil.Process, node: str) -> Iterator[int]:
-    """The S3 server answers nobody while the weights of a checkpoint wait for their upload.
-
-    Yields its step. Its manifest cannot be in the bucket: it is written after their upload.
-    """
-    while True:
-        # Rclone uploads a file about a second after it was written.
-        wait_for_job_to_reach(lambda: step_being_uploaded(node), interval=0.02)
-        server.suspend()
-        try:
-            step = step_being_uploaded(node)  # None if the upload was faster: then the next one
-            if step is not None:
-                yield step
-                return
-        finally:
-            server.resume()
 
 
 def cancel_allocations() -> None:
@@ -137,12 +95,6 @@ def assert_manifests_hold(run_name: str) -> None:
         assert {name: sizes.get(folder + name) for name in files} == {
             name: entry["size"] for name, entry in files.items()
         }
-
-
-def last_node() -> str:
-    """The last of the nodes that are in use."""
-    nodes = run("squeue", "--noheader", "--format=%N").strip()
-    return run("scontrol", "show", "hostnames", nodes).split()[-1]
 
 
 def finished_job(run_name: str, *, recoveries: int) -> str:
@@ -173,7 +125,7 @@ def test_a_job_recovers_from_a_cancelled_allocation_and_then_from_sigterm(model:
     options += ["--env", "WANDB_MODE=offline", "--secret", "WANDB_API_KEY"]
     run("sky", "jobs", "launch", "-y", "-d", f"{name}.yaml", *options)
     await_checkpoint(run_name)
-    with suspended_during_upload(process_with("-p", S3_PORT), last_node()) as step:
+    with suspended_during_upload(last_node(), wait=wait_for_job_to_reach) as step:
         cancel_allocations()
     assert_manifests_hold(run_name)
     assert f"checkpoint-{step}/{MANIFEST}" not in object_sizes(f"{run_name}/")

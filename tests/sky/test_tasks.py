@@ -2,12 +2,17 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import sky
 
@@ -15,16 +20,16 @@ REPO = Path(__file__).resolve().parents[2]
 TASK_FILES = {path.stem: path for path in sorted(REPO.glob("*.yaml"))}
 SERVE = REPO / "sft/serve.yaml"
 EVALUATE, EXPORT = REPO / "sft/evaluate.yaml", REPO / "sft/export.yaml"
-RESOURCES = {
-    "gpt-oss-20b-sft": ({"H100": 8}, 1, None),
-    "gpt-oss-120b-sft": ({"H200": 8}, 4, "best"),
-    "gpt-oss-20b-lora": ({"H100": 2}, 1, None),
-    "gpt-oss-120b-lora": ({"H100": 8}, 1, None),
+RESOURCES = {  # GPUs in the order of choice, nodes, network tier
+    "gpt-oss-20b-sft": (["H100:8", "H200:8"], 1, None),
+    "gpt-oss-120b-sft": (["H200:8"], 4, "best"),
+    "gpt-oss-20b-lora": (["H100:2", "H100:1", "H200:1", "H100:4", "H100:8"], 1, None),
+    "gpt-oss-120b-lora": (["H100:8", "H200:8", "H100:4", "H200:1"], 1, None),
 }
 
 
 def load(name: str, **envs: str) -> sky.Task:
-    overrides = list(({"CHECKPOINT_BUCKET": "my-bucket"} | envs).items())
+    overrides = list(({"CHECKPOINT_BUCKET": "s3://my-bucket"} | envs).items())
     config = yaml.safe_load(TASK_FILES[name].read_text())
     return sky.Task.from_yaml_config(config, env_overrides=overrides)
 
@@ -38,9 +43,14 @@ def test_what_a_task_asks_for(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(REPO)
     accelerators, num_nodes, network_tier = RESOURCES[name]
     task = load(name)
-    (resources,) = task.resources
+    assert isinstance(task.resources, list)  # a set would be taken by price, not in order
+    (resources, *_) = task.resources
     assert task.name == task.envs["RUN_NAME"] == name
-    assert resources.accelerators == accelerators
+    asked = [f"{gpu}:{n}" for each in task.resources for gpu, n in each.accelerators.items()]
+    assert asked == accelerators
+    # Each of them computes the global batch in whole batches of one row on each GPU.
+    counts = [num_nodes * int(gpus.split(":")[1]) for gpus in accelerators]
+    assert all(int(task.envs["GLOBAL_BATCH_SIZE"]) % count == 0 for count in counts)
     assert task.num_nodes == num_nodes
     tier = resources.network_tier
     assert (tier.value if tier else None) == network_tier
@@ -59,11 +69,20 @@ def test_a_bucket_is_asked_for(name: str) -> None:
         sky.Task.from_yaml_config(config)
 
 
+@pytest.mark.parametrize("store", ["s3", "gs", "r2", "nebius"])
+def test_a_bucket_is_named_by_its_url(store: str) -> None:
+    task = load("gpt-oss-20b-lora", CHECKPOINT_BUCKET=f"{store}://my-bucket")
+    (bucket,) = task.storage_mounts.values()
+    assert bucket.source == f"{store}://my-bucket" and bucket.mode.value == "MOUNT_CACHED"
+
+
 @pytest.mark.parametrize("name", RESOURCES)
-def test_without_a_bucket_the_three_lines_go(name: str) -> None:
-    lines = TASK_FILES[name].read_text().splitlines()
-    first = lines.index("  /checkpoints:")
-    config = yaml.safe_load("\n".join(lines[:first] + lines[first + 3 :]))
+def test_without_a_bucket_the_documented_command_leaves_its_mount_out(name: str) -> None:
+    """SkyPilot 0.14.1 has no mount that vanishes with an empty env."""
+    docs = (REPO / "docs/launch.md").read_text()
+    (command,) = re.findall(r"^(sed .*) gpt-oss-20b-lora.yaml > no-bucket.yaml$", docs, re.M)
+    words = [*shlex.split(command), TASK_FILES[name]]
+    config = yaml.safe_load(subprocess.run(words, check=True, capture_output=True).stdout)
     task = sky.Task.from_yaml_config(config, env_overrides=[("CHECKPOINT_BUCKET", "")])
     assert task.storage_mounts == {} and task.file_mounts == {"/sft": "./sft"}
 
@@ -108,7 +127,7 @@ def test_what_serving_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
         sky.Task.from_yaml_config(config)
     secrets = [("API_KEY", "secret")]
     task = sky.Task.from_yaml_config(
-        config, env_overrides=[("CHECKPOINT_BUCKET", "my-bucket")], secrets_overrides=secrets
+        config, env_overrides=[("CHECKPOINT_BUCKET", "s3://my-bucket")], secrets_overrides=secrets
     )
     (resources,) = task.resources
     assert task.name == SERVE.stem and resources.accelerators == {"H100": 1}
@@ -131,7 +150,7 @@ def test_evaluation_and_export_start_from_the_bucket_and_a_gpu_is_asked_for_wher
     config = yaml.safe_load(file.read_text())
     with pytest.raises(ValueError, match="CHECKPOINT_BUCKET|FORMAT"):
         sky.Task.from_yaml_config(config)
-    envs = [("CHECKPOINT_BUCKET", "my-bucket"), ("FORMAT", "mxfp4")]
+    envs = [("CHECKPOINT_BUCKET", "s3://my-bucket"), ("FORMAT", "mxfp4")]
     task = sky.Task.from_yaml_config(config, env_overrides=envs)
     assert task.name == file.stem and task.file_mounts == {"/sft": "./sft"}
     assert [resources.accelerators for resources in task.resources] == accelerators
@@ -184,3 +203,17 @@ def test_what_is_served(
     if "lora" in expected:
         base = "secret: serve openai/gpt-oss-20b --enable-lora --lora-modules my-run="
         assert said.startswith(base + f"{tmp_path}/checkpoints/my-run/final ")
+
+
+def test_what_a_cloud_needs_is_pinned() -> None:
+    """`make sky CLOUD=...` installs these extras of SkyPilot with the lock files as constraints."""
+    groups = tomllib.loads((REPO / "pyproject.toml").read_text())["dependency-groups"]
+    (clouds,) = groups["clouds"]
+    locks = [REPO / "tests/sky" / name for name in ("requirements.lock", "clouds.lock")]
+    pins = re.findall(r"^([\w.-]+)==", "\n".join(lock.read_text() for lock in locks), re.M)
+    pinned = {canonicalize_name(name) for name in pins}
+    extras = Requirement(clouds).extras
+    assert {"gcp", "nebius", "runpod", "lambda", "kubernetes"} <= extras
+    for needed in map(Requirement, metadata.requires("skypilot") or []):
+        if needed.marker and any(needed.marker.evaluate({"extra": extra}) for extra in extras):
+            assert canonicalize_name(needed.name) in pinned, needed

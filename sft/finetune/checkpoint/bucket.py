@@ -8,9 +8,13 @@ the cache only after that.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from finetune.errors import UserError
+from finetune.node import upload_minutes
 
 POLL_SECONDS = 0.2  # rclone sends no event when an upload ends
 REMINDER_SECONDS = 60.0
@@ -69,20 +73,68 @@ def await_upload(
     """Return when every file is in the bucket; print a reminder each minute until then.
 
     files: all in one folder. find_records, sleep and clock are parameters for tests.
+    Raises UserError if the bucket takes nothing for UPLOAD_MINUTES.
     """
-    if not files:
+    records = find_records(files[0].parent) if files else None
+    if records is not None:
+        own = [records / file.name for file in files]
+        await_records(lambda: own, folder=files[0].parent, sleep=sleep, clock=clock)
+
+
+def await_all_uploads(
+    folder: Path,
+    *,
+    find_records: Callable[[Path], Path | None] = cache_of,
+    sleep: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> None:
+    """await_upload for all that is below the folder, whoever wrote it.
+
+    Raises OSError as well, if the folder's mount has lost the process behind it.
+    """
+    if not folder.exists():
         return
-    records = find_records(files[0].parent)
-    if records is None:
-        return
-    started = reminded = clock()
-    while waiting := [file for file in files if not is_uploaded(records / file.name)]:
-        sleep(POLL_SECONDS)
-        if clock() - reminded > REMINDER_SECONDS:
-            reminded = clock()
-            minutes = (reminded - started) / 60
+    os.statvfs(folder)
+    records = find_records(folder)
+    if records is not None:
+        await_records(
+            lambda: [path for path in records.rglob("*") if path.is_file()],
+            folder=folder,
+            sleep=sleep,
+            clock=clock,
+        )
+
+
+def await_records(
+    find: Callable[[], list[Path]],
+    *,
+    folder: Path,
+    sleep: Callable[[float], None],
+    clock: Callable[[], float],
+) -> None:
+    """Return when all records that `find` returns are of uploaded files.
+
+    folder: the one that holds the files, for messages. Raises UserError if none of them is uploaded
+    for UPLOAD_MINUTES.
+    """
+    patience = 60 * upload_minutes()
+    started = reminded = progressed = clock()
+    fewest: int | None = None
+    while waiting := [record for record in find() if not is_uploaded(record)]:
+        now = clock()
+        if fewest is None or len(waiting) < fewest:
+            fewest, progressed = len(waiting), now
+        if now - progressed > patience:
+            raise UserError(
+                f"the bucket has taken none of {len(waiting)} files in {folder} for "
+                f"{patience / 60:g} minutes (UPLOAD_MINUTES): is it there, and may this machine "
+                "write to it? They are lost when the machine goes down"
+            )
+        if now - reminded > REMINDER_SECONDS:
+            reminded = now
             print(
-                f"bucket: {len(waiting)} of {len(files)} files in {files[0].parent} are not "
-                f"uploaded after {minutes:.0f} min: is the bucket reachable?",
+                f"bucket: {len(waiting)} files in {folder} are not uploaded after "
+                f"{(now - started) / 60:.0f} min: is the bucket reachable?",
                 flush=True,
             )
+        sleep(POLL_SECONDS)

@@ -45,5 +45,5 @@ def few_steps(num_steps: int) -> str | None:
         return None
     return (
         f"only {num_steps} optimizer steps, and fewer than {FEW_STEPS} teach little: raise "
-        "--num_train_epochs, or lower --gradient_accumulation_steps or the number of GPUs"
+        "--num_train_epochs, or lower GLOBAL_BATCH_SIZE"
     )
