@@ -105,7 +105,7 @@ def newest_job() -> dict[str, Any]:
     return max(jobs, key=lambda job: job["job_id"])
 
 
-def scaled_down_options(name: str, model: Path) -> list[str]:
+def scaled_down_options(name: str, model: Path, *, save_steps: int = 3) -> list[str]:
     """The options of `sky launch` that make a recipe small enough for the lab."""
     gpus, num_nodes, global_batch_size = SCALED_DOWN[name]
     envs = {
@@ -114,7 +114,7 @@ def scaled_down_options(name: str, model: Path) -> list[str]:
         "MODEL": model,
         "DATASET": CONVERSATIONS,
         "TRAIN_ARGS": "--use_cpu true --max_length 512 --learning_rate 1e-2 "
-        f"--max_steps {STEPS} --save_steps 3",
+        f"--max_steps {STEPS} --save_steps {save_steps}",
         "PYTHONPATH": REHEARSAL / "cpu",
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",

@@ -6,6 +6,7 @@ Nobody launches a job again, and the losses are those of a run that nothing happ
 import json
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +15,10 @@ import boto3
 import psutil
 import pytest
 
+from helpers.metadata_server import AWS_NOTICE, MetadataServer, write_answer
 from lab import (
     BUCKET,
+    CONVERSATIONS,
     WANDB_KEY,
     assert_nothing_is_left,
     last_node,
@@ -34,6 +37,7 @@ from lab import (
 )
 
 MANIFEST = "manifest.json"  # the last file of a checkpoint: with it the checkpoint is complete
+SPOT_NODE = "n3"
 
 pytestmark = only_in_the_lab
 
@@ -117,6 +121,23 @@ def assert_losses_of_an_undisturbed_run(name: str, model: Path, run_name: str) -
     assert loss_history(run_name) == loss_history(name)
 
 
+def assert_evaluated_and_exported_from_the_bucket(run_name: str) -> None:
+    """The job's machine is gone: both tasks have nothing but the bucket."""
+    cluster = "after"
+    options = ["--infra", "slurm/lab", "--cpus", "8", "--memory", "64"]
+    for env in (f"CHECKPOINT_BUCKET=s3://{BUCKET}", f"RUN_NAME={run_name}", "OMP_NUM_THREADS=1"):
+        options += ["--env", env]
+    evaluation = ["--gpus", "H100:1", "--env", f"DATASET={CONVERSATIONS}"]
+    evaluation += ["--env", "EVALUATE_ARGS=--num_generations 1 --max_new_tokens 8"]
+    export = ["--env", "FORMAT=mxfp4"]
+    with torn_down(cluster):
+        run("sky", "launch", "-y", "-c", cluster, "sft/evaluate.yaml", *options, *evaluation)
+        run("sky", "launch", "-y", "-c", cluster, "sft/export.yaml", *options, *export)
+    files = set(object_sizes(f"{run_name}/"))
+    index = "mxfp4/model.safetensors.index.json"
+    assert {"final/evaluation.json", "mxfp4/export.json", index} <= files
+
+
 def test_a_job_recovers_from_a_cancelled_allocation_and_then_from_sigterm(model: Path) -> None:
     """First the allocation goes while a checkpoint waits for its upload; later SIGTERM comes."""
     name = "gpt-oss-20b-lora"
@@ -141,21 +162,45 @@ def test_a_job_recovers_from_a_cancelled_allocation_and_then_from_sigterm(model:
     logs = [path.read_text() for path in Path.home().rglob("*.log") if path.is_file()]
     assert all(WANDB_KEY not in log for log in [log, *logs])
     assert_losses_of_an_undisturbed_run(name, model, run_name)
+    assert_evaluated_and_exported_from_the_bucket(run_name)
 
 
-def test_a_job_that_loses_one_of_two_nodes_recovers_by_itself(model: Path) -> None:
-    """Every process of the second machine is killed, and it stays away."""
+@pytest.fixture
+def spot_node(tmp_path: Path) -> Iterator[MetadataServer]:
+    """The machine SPOT_NODE, which Slurm gives to a job of two nodes as the last one, as one of
+    AWS's: its firmware says so, and a metadata service answers what is written to tmp_path.
+    """
+    firmware = "mount -t tmpfs tmpfs /sys/class && mkdir -p /sys/class/dmi/id && "
+    firmware += "echo Amazon EC2 > /sys/class/dmi/id/sys_vendor"
+    on_node = ["nsenter", f"--target={slurmd(SPOT_NODE).pid}", "--mount", "--root"]
+    run(*on_node, "sh", "-c", firmware)
+    with MetadataServer("AWS", tmp_path) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_job_on_two_spot_nodes_saves_at_the_notice_for_one_and_recovers(
+    model: Path, spot_node: MetadataServer
+) -> None:
+    """After the notice to the second machine, and when the step is saved, all its processes are
+    killed, and it stays away. Without the notice there would be no checkpoint to go on from.
+    """
     name = "gpt-oss-120b-sft"
     run_name = f"{name}-managed"
-    options = [*scaled_down_options(name, model), "--env", f"RUN_NAME={run_name}"]
+    options = [*scaled_down_options(name, model, save_steps=1000), "--env", f"RUN_NAME={run_name}"]
+    options += ["--env", f"AWS_EC2_METADATA_SERVICE_ENDPOINT={spot_node.address}"]
     run("sky", "jobs", "launch", "-y", "-d", f"{name}.yaml", *options)
+    wait_for_job_to_reach(lambda: "launches/0001.json" in object_sizes(f"{run_name}/"))
+    assert last_node() == SPOT_NODE
+    notice = json.dumps({"action": "terminate", "time": "2026-11-26T18:02:00Z"})
+    write_answer(spot_node.folder, AWS_NOTICE, notice)
     await_checkpoint(run_name)
-    dead = last_node()
-    for process in processes_of(dead):
+    for process in processes_of(SPOT_NODE):
         with suppress(psutil.NoSuchProcess):
             process.kill()
     assert_manifests_hold(run_name)
 
     finished_job(run_name, recoveries=1)
-    assert run("sinfo", "--noheader", "--states=down", "--format=%n").split() == [dead]
+    assert run("sinfo", "--noheader", "--states=down", "--format=%n").split() == [SPOT_NODE]
     assert_losses_of_an_undisturbed_run(name, model, run_name)

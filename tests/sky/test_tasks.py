@@ -154,6 +154,7 @@ def test_evaluation_and_export_start_from_the_bucket_and_a_gpu_is_asked_for_wher
     task = sky.Task.from_yaml_config(config, env_overrides=envs)
     assert task.name == file.stem and task.file_mounts == {"/sft": "./sft"}
     assert [resources.accelerators for resources in task.resources] == accelerators
+    assert all(resources.autostop_config.down for resources in task.resources)
     (bucket,) = task.storage_mounts.values()
     assert bucket.source == "s3://my-bucket" and bucket.mode.value == "MOUNT_CACHED"
     recipe = yaml.safe_load(TASK_FILES["gpt-oss-20b-lora"].read_text())
