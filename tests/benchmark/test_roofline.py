@@ -20,7 +20,7 @@ LORA = ModelConfig(use_peft=True, lora_r=8, lora_alpha=16, lora_dropout=0.0)
 BOUNDS = {
     "gpt-oss-20b-lora": "computing",
     "gpt-oss-20b-sft": "moving",
-    "gpt-oss-120b-lora": "unpacking",
+    "gpt-oss-120b-lora": "computing",
     "gpt-oss-120b-sft": "moving",
 }
 

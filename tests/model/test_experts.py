@@ -1,9 +1,12 @@
 """Experts and their LoRA equal transformers' eager ones: the output and every gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
@@ -188,3 +191,20 @@ def test_lora_computes_no_gradient_of_the_frozen_weights() -> None:
     with FlopCounterMode(display=False) as pefts:
         gradients(with_lora(make_mlp(EXPERTS_IMPLEMENTATION), low_rank=False), x)
     assert pefts.get_total_flops() > 1.4 * counter.get_total_flops()
+
+
+def test_a_checkpointed_layer_multiplies_by_down_only_twice() -> None:
+    """Its recomputation ends where the tensors for backward are there, before the last product."""
+    x = tokens((1, 64)).requires_grad_()
+    counts: list[int] = []
+    gradients: list[Any] = []
+    for checkpointed in (False, True):
+        model = with_lora(make_mlp(EXPERTS_IMPLEMENTATION), low_rank=True)
+        with FlopCounterMode(display=False) as counter:
+            y = checkpoint(model, x, use_reentrant=False)[0] if checkpointed else model(x)[0]
+            y.square().sum().backward()
+        counts.append(counter.get_total_flops())
+        gradients.append({name: p.grad for name, p in model.named_parameters() if "lora" in name})
+    down = 2 * 64 * TOP_K * HIDDEN * INTERMEDIATE
+    assert 2 * down < counts[1] - counts[0] < 3 * down  # gate_up has twice the size of down
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from peft import PeftModel, get_peft_model
 from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from trl import ModelConfig
 
-from finetune.model import kernels, mxfp4
+from finetune.model import mxfp4
 from finetune.model.experts import use_grouped_lora
 from finetune.model.loading import load_model
 from finetune.model.lora import lora_config
@@ -49,19 +48,6 @@ def test_the_kernel_unpacks_the_same() -> None:
     if not torch.cuda.is_available():
         envs["TRITON_INTERPRET"] = "1"
     subprocess.run([sys.executable, "-c", RUN_KERNEL], env=os.environ | envs, check=True)
-
-
-def test_the_kernel_for_hopper_stores_16_bytes_at_a_time() -> None:
-    """Triton compiles it without a GPU; `v4.b32` in its PTX means four times 32 bits."""
-    arguments = {"blocks": "*u8", "scales": "*u8", "weights": "*i16", "num_bytes": "i64"}
-    source = triton.compiler.ASTSource(
-        fn=kernels.unpack_kernel,
-        signature=arguments | {"BYTES": "constexpr"},
-        constexprs={"BYTES": kernels.BYTES},
-        attrs={(index,): [["tt.divisibility", 16]] for index in range(4)},
-    )
-    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    assert "st.global.v4.b32" in triton.compile(source, target=target).asm["ptx"]
 
 
 @pytest.mark.parametrize("counts", [(3, 0, 7, 1, 2), (0, 0, 0, 0, 9), (1, 0, 0, 0, 0)])

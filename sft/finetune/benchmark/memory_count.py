@@ -75,7 +75,7 @@ class LiveBytes(TorchDispatchMode):
     def as_kernel(self, function: Callable[..., Any], like: Any = None) -> Callable[..., Any]:
         """The function as one kernel: its results are counted, its intermediate tensors are not.
 
-        like: not used; experts.fused, in whose place this stands, takes it.
+        like: not used; expert_ops.fused, in whose place this stands, takes it.
         """
 
         def run(*args: Any) -> Any:
@@ -142,7 +142,7 @@ def as_on_a_gpu(live: LiveBytes) -> Iterator[None]:
         """A tile of TRL's loss is computed in registers, into tensors that are there already."""
 
     replacements = {
-        "finetune.model.experts.fused": live.as_kernel,
+        "finetune.model.expert_ops.fused": live.as_kernel,
         "finetune.model.mxfp4.unpack": unpack,
         "finetune.model.mxfp4.bounds": bounds,
         "trl.kernels.chunked_logprob._forward_tile": no_tile,

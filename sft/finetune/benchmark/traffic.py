@@ -62,8 +62,9 @@ def bytes_between_gpus(parameters: Parameters, *, sharded: bool, lora: bool) -> 
 def bytes_unpacked(config: GptOssConfig) -> int:
     """Bytes read and written in a step to unpack all experts from MXFP4.
 
-    They are unpacked three times: in the forward, its recomputation and the backward. Each weight
-    is read as 17/32 of a byte (half a byte, and its share of a scale) and written as two bytes.
+    gate_up is unpacked three times: in the forward, its recomputation and the backward. down is
+    half as large and unpacked twice: the recomputation ends before it. Each weight is read as 17/32
+    of a byte (half a byte, and its share of a scale) and written as two bytes.
     """
-    weights = 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
-    return 3 * config.num_hidden_layers * weights * (17 + 64) // 32
+    down = config.num_local_experts * config.hidden_size * config.intermediate_size
+    return config.num_hidden_layers * (3 * 2 * down + 2 * down) * (17 + 64) // 32

@@ -26,25 +26,6 @@ MAX_UNPACKED_BYTES = 2**30
 # By code: the lowest 3 bits are the magnitude, the 4th is the sign.
 FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = FP4_MAGNITUDES + tuple(-magnitude for magnitude in FP4_MAGNITUDES)
-# (256, 2): the two values of each byte.
-FP4_VALUES = (
-    0.0,
-    0.5,
-    1.0,
-    1.5,
-    2.0,
-    3.0,
-    4.0,
-    6.0,
-    -0.0,
-    -0.5,
-    -1.0,
-    -1.5,
-    -2.0,
-    -3.0,
-    -4.0,
-    -6.0,
-)
 # Of a byte, both values.
 PAIRS = torch.tensor(
     [[FP4_VALUES[byte & 15], FP4_VALUES[byte >> 4]] for byte in range(256)], dtype=torch.bfloat16
@@ -134,12 +115,14 @@ class PackedGroupedMM(torch.autograd.Function):
         scales: torch.Tensor,
         offsets: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.save_for_backward(blocks, scales, offsets)
+        # Not by save_for_backward: it would make a checkpointed layer compute this product again
+        # for tensors that are there anyway, the frozen weights and one number for each expert.
+        ctx.packed = blocks, scales, offsets
         return packed_grouped_mm(x, blocks, scales, offsets, transpose=True)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return packed_grouped_mm(grad, *ctx.saved_tensors, transpose=False), None, None, None
+        return packed_grouped_mm(grad, *ctx.packed, transpose=False), None, None, None
 
 
 def packed_grouped_mm(
