@@ -18,8 +18,12 @@ class AwaitArguments:
     folder: str = field(default=BUCKET_MOUNT, metadata={"help": "where the bucket is mounted"})
 
 
+def command_line() -> CommandLine:
+    return CommandLine(AwaitArguments, description=__doc__)
+
+
 if __name__ == "__main__":
-    (arguments,) = CommandLine(AwaitArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = command_line().parse_args_into_dataclasses()
 
 from finetune.checkpoint.bucket import await_all_uploads
 from finetune.errors import one_line_errors

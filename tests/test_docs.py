@@ -152,6 +152,7 @@ def test_flags_in_prose_exist(page: Path) -> None:
 def test_envs_and_secrets_on_a_command_line_are_those_of_the_file(file: Path) -> None:
     for command in commands(shell_text(file)):
         tasks = [REPO / word for word in command if word.endswith(".yaml")]
+        tasks = [path for path in tasks if path.name != "no-bucket.yaml"]  # a reader's own copy
         if command[0] != "sky" or not tasks:
             continue
         task = yaml.safe_load(tasks[0].read_text())
