@@ -45,6 +45,7 @@ SCRIPT = re.compile(r"/?sft/(\w+)\.py")
 OTHER_FLAGS = {
     *("--env", "--secret", "--secret-file", "--gpus", "--infra", "--down", "--graceful"),
     *("--use-spot", "--memory", "--tag", "--config_file", "--num_processes", "--help"),
+    *("--graceful-timeout", "--dir-cache-time"),
 }
 
 each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)

@@ -80,7 +80,7 @@ def test_a_bucket_is_named_by_its_url(store: str) -> None:
 def test_without_a_bucket_the_documented_command_leaves_its_mount_out(name: str) -> None:
     """SkyPilot 0.14.1 has no mount that vanishes with an empty env."""
     docs = (REPO / "docs/launch.md").read_text()
-    (command,) = re.findall(r"^(sed .*) gpt-oss-20b-lora.yaml > no-bucket.yaml$", docs, re.M)
+    (command,) = re.findall(r"^(sed .*) gpt-oss-20b-lora.yaml > /tmp/no-bucket.yaml$", docs, re.M)
     words = [*shlex.split(command), TASK_FILES[name]]
     config = yaml.safe_load(subprocess.run(words, check=True, capture_output=True).stdout)
     task = sky.Task.from_yaml_config(config, env_overrides=[("CHECKPOINT_BUCKET", "")])
