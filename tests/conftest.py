@@ -39,6 +39,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how far each engine is from the trained model, by format, if that was measured."""
+    reports = terminalreporter.getreports("passed")
+    found = [dict(report.user_properties).get("engines", []) for report in reports]
+    rows = [row for rows in found for row in rows]
+    if rows:
+        from helpers.engines import table  # here, because it needs llama.cpp
+
+        terminalreporter.section("mean |delta log p| from the trained model, in nats")
+        for line in table(rows):
+            terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-gpt-oss"

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GptOssForCausalLM,
 
 from export import ExportArguments, export
 from finetune.errors import UserError
+from finetune.export.record import Format
 from finetune.export.shards import INDEX
 from finetune.export.source import ADAPTER
 from finetune.model.mxfp4 import unpack
 from finetune.model.quantize import quantize
 from helpers.cards import run_python_of_card
+from helpers.engines import PROPERTY, rows_of_run
 from helpers.evaluations import EVALUATION
 from helpers.finished_runs import save_adapter_run
 from helpers.hub import TOKEN, FakeHub
@@ -30,7 +33,7 @@ from helpers.launching import LORA, Launch, Start, await_event, losses
 from helpers.paths import CPU_ENVS, REPO
 from helpers.tensors import load_shards
 
-FORMATS = ("adapter", "bf16", "mxfp4")
+FORMATS: tuple[Format, ...] = ("adapter", "bf16", "mxfp4")
 
 
 def unverified(form: Any, output: Path, **flags: Any) -> ExportArguments:
@@ -163,7 +166,7 @@ def kl(p: torch.Tensor, q: torch.Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def check_all_load(run_dir: Path, output: Path, base: Path, forms: tuple[str, ...]) -> None:
+def check_all_load(run_dir: Path, output: Path, base: Path, forms: tuple[Format, ...]) -> None:
     """Each export is far closer to what train.py left than the base is, and generates."""
     inputs = prompt(output / forms[0])
     trained = log_probs(load(run_dir / "final", base), inputs)
@@ -193,7 +196,7 @@ def check_checkpoint_holds_only_the_adapter(run_dir: Path) -> None:
 
 
 def test_a_lora_run_is_exported_in_every_format(
-    launch: Launch, tiny_model: Path, tmp_path: Path
+    launch: Launch, tiny_model: Path, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     result = launch(*LORA)
     assert result.returncode == 0, result.stderr
@@ -213,6 +216,8 @@ def test_a_lora_run_is_exported_in_every_format(
     assert fidelity["gguf"] == pytest.approx(fidelity["mxfp4"])  # the same weights
     assert fidelity["gguf-adapter"] == pytest.approx(fidelity["bf16"], rel=1e-3)
     assert "re-quantisation costs" in records["mxfp4"]["hints"][0]
+    all_forms: tuple[Format, ...] = (*FORMATS, "gguf", "gguf-adapter")
+    record_property(PROPERTY, rows_of_run("LoRA", run_dir, tmp_path, all_forms))
 
     # A run of its own may go on from what this one learnt. Its first rows are the same here, and so
     # from the base it would have the same first loss.
@@ -252,8 +257,8 @@ def test_a_lora_run_is_exported_in_every_format(
     assert configs[0] == configs[1]
 
 
-def test_a_full_run_is_exported_as_bf16_and_mxfp4(
-    launch: Launch, tiny_model: Path, tmp_path: Path
+def test_a_full_run_is_exported_as_whole_weights(
+    launch: Launch, tiny_model: Path, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     result = launch("fsdp2.yaml")
     assert result.returncode == 0, result.stderr
@@ -263,6 +268,8 @@ def test_a_full_run_is_exported_as_bf16_and_mxfp4(
     with pytest.raises(UserError, match="has no adapter"):
         export_as("gguf-adapter", run_dir, tmp_path)
     check_all_load(run_dir, tmp_path, tiny_model, ("bf16", "mxfp4"))
+    forms: tuple[Format, ...] = ("bf16", "mxfp4", "gguf")
+    record_property(PROPERTY, rows_of_run("all weights", run_dir, tmp_path, forms))
     assert records["bf16"]["fidelity"]["kl"] == 0
     assert records["mxfp4"]["fidelity"]["kl"] > 0
     folders = (run_dir / "final", tmp_path / "bf16", tmp_path / "mxfp4")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
-from transformers import GptOssForCausalLM, Mxfp4Config, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from finetune.errors import UserError
 from finetune.export.gguf_adapter import ADAPTER, write_adapter
@@ -17,16 +17,11 @@ from finetune.export.gguf_weights import GgufWeights
 from finetune.export.merge import MergedWeights
 from finetune.model.loading import load_tokenizer
 from finetune.model.mxfp4 import unpack
+from helpers.engines import DIFFERENT, SAME, distance, in_llama, in_transformers, load_fp32
 from helpers.finished_runs import open_run, peft_model, save_adapter_run
-from helpers.llama import log_probs, post, start_server
+from helpers.llama import post, start_server
 from helpers.paths import CONVERSATIONS
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
-
-# Past the tiny model's sliding window of 32 tokens, so that both kinds of layers are told apart.
-NUM_TOKENS, POSITIONS = 120, range(7, 120, 8)
-# llama.cpp rounds what goes into its products to 8 bits or bf16. Its mean distance from fp32, in
-# nats, stays below the first of these; whatever is wrong with a file moves it beyond the second.
-SAME, DIFFERENT = 0.002, 0.01
 
 
 def write(merged: MergedWeights, output: Path) -> Path:
@@ -35,38 +30,10 @@ def write(merged: MergedWeights, output: Path) -> Path:
     return output / MODEL
 
 
-def some_tokens(vocab_size: int) -> list[int]:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(10, vocab_size, (NUM_TOKENS,), generator=generator).tolist()
-
-
-@torch.no_grad()
-def expected(model: Any) -> torch.Tensor:
-    """transformers' log-probabilities in fp32 after POSITIONS."""
-    tokens = torch.tensor([some_tokens(model.config.vocab_size)])
-    return model(input_ids=tokens).logits[0, list(POSITIONS)].log_softmax(-1)
-
-
-def in_llama(model: Path, vocab_size: int, *, adapter: Path | None = None) -> torch.Tensor:
-    server = start_server(model, adapter=adapter)
-    return log_probs(server, some_tokens(vocab_size), positions=POSITIONS, vocab_size=vocab_size)
-
-
-def distance(p: torch.Tensor, q: torch.Tensor) -> float:
-    """The mean |log p - log q| over all tokens of the vocabulary and all positions."""
-    return float((p - q).abs().mean())
-
-
 def show(what: str, p: torch.Tensor, q: torch.Tensor) -> float:
     """Print and return the distance: docs/export-and-serve.md has these figures."""
     print(f"{what}: {distance(p, q):.4f}")
     return distance(p, q)
-
-
-def base_model(base: Path) -> Any:
-    return GptOssForCausalLM.from_pretrained(
-        base, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.float32
-    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -107,45 +74,51 @@ def test_what_training_did_not_change_keeps_its_bytes(exported: Path) -> None:
 
 def test_llama_computes_what_transformers_does(exported: Path, tiny_model: Path) -> None:
     """The base, the base with the adapter's file, and the trained model's own file."""
-    base, trained = base_model(tiny_model), peft_model(tiny_model, exported / "run").eval()
+    base, trained = load_fp32(tiny_model), peft_model(tiny_model, exported / "run").eval()
     vocab_size = base.config.vocab_size
     file = exported / "base" / MODEL
-    assert show("base", in_llama(file, vocab_size), expected(base)) < SAME
+    assert show("base", in_llama(file, vocab_size), in_transformers(base)) < SAME
     adapted = in_llama(file, vocab_size, adapter=exported / "run" / ADAPTER)
-    assert show("base and adapter", adapted, expected(trained)) < SAME
-    assert show("base and adapter, from the base", adapted, expected(base)) > DIFFERENT
+    assert show("base and adapter", adapted, in_transformers(trained)) < SAME
+    assert show("base and adapter, from the base", adapted, in_transformers(base)) > DIFFERENT
 
     # Of the whole model the experts are MXFP4 again. Its own weights tell what that has cost.
     merged = open_run(exported / "run")
     weights = GgufWeights(merged, exported / "run" / MODEL)
-    requantised = base_model(tiny_model)
+    requantised = load_fp32(tiny_model)
     for name, parameter in requantised.named_parameters():
         parameter.data = weights.dense(name).float()
     in_file = in_llama(exported / "run" / MODEL, vocab_size)
-    assert show("model", in_file, expected(requantised)) < SAME
-    assert show("model, from the base", in_file, expected(base)) > DIFFERENT
-    assert distance(in_file, expected(trained)) < distance(in_file, expected(base))
+    assert show("model", in_file, in_transformers(requantised)) < SAME
+    assert show("model, from the base", in_file, in_transformers(base)) > DIFFERENT
+    assert distance(in_file, in_transformers(trained)) < distance(in_file, in_transformers(base))
 
 
-class SwappedExperts(MergedWeights):
-    """The trained weights with the first two experts of every down_proj in each other's place."""
+class ChangedExperts(MergedWeights):
+    """The trained weights with other experts in every down_proj: their indices, None for none."""
+
+    order: tuple[int | None, ...]
 
     def rows(
         self, name: str, *, start: int = 0, stop: int | None = None, device: Any = "cpu"
     ) -> torch.Tensor:
         rows = super().rows(name)
         if name.endswith("experts.down_proj"):
-            rows = rows[[1, 0, *range(2, len(rows))]]
+            none = torch.zeros_like(rows[0])
+            rows = torch.stack([none if index is None else rows[index] for index in self.order])
         return rows[start:stop]
 
 
-def test_experts_in_a_wrong_place_are_noticed(
-    exported: Path, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("order", [(1, 0, 2, 3), (0, None, 2, 3)], ids=["swapped", "missing"])
+def test_an_expert_that_is_swapped_or_missing_is_noticed(
+    order: tuple[int | None, ...], exported: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     merged = open_run(exported / "base")
-    file = write(SwappedExperts(merged.base, merged.run_weights, merged.targets), tmp_path)
-    base = base_model(tiny_model)
-    assert distance(in_llama(file, base.config.vocab_size), expected(base)) > DIFFERENT
+    changed = ChangedExperts(merged.base, merged.run_weights, merged.targets)
+    changed.order = order
+    file = write(changed, tmp_path)
+    base = load_fp32(tiny_model)
+    assert distance(in_llama(file, base.config.vocab_size), in_transformers(base)) > DIFFERENT
 
 
 class Interrupted(MergedWeights):

@@ -26,6 +26,18 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_record(tmp_path) == record
 
 
+def test_a_record_whose_writing_is_interrupted_is_the_one_before(tmp_path: Path) -> None:
+    """The disk is full, in the place of a killed process: the file is begun and not complete."""
+    part = tmp_path / f".{RECORD}.part"
+    part.write_text('{"format": "bf')
+    assert read_record(tmp_path) is None
+    make_record().write(tmp_path, finished=False)
+    part.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        make_record().write(tmp_path, finished=True)
+    assert read_record(tmp_path) == make_record()
+
+
 def test_what_was_not_measured_is_left_out(tmp_path: Path) -> None:
     make_record().write(tmp_path, finished=False)
     assert not {"fidelity", "text"} & json.loads((tmp_path / RECORD).read_text()).keys()

@@ -38,7 +38,10 @@ class ExportRecord:
         """Write it to the output folder; what was not measured is left out."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         text = json.dumps(values | {"finished": finished}, indent=2)
-        (output / RECORD).write_text(text)
+        # Renamed once it is complete: a torn one would make the folder one that holds no export.
+        part = output / f".{RECORD}.part"
+        part.write_text(text)
+        part.rename(output / RECORD)
 
 
 def read_record(output: Path) -> ExportRecord | None:
@@ -46,7 +49,8 @@ def read_record(output: Path) -> ExportRecord | None:
 
     Raises UserError if it holds anything that is not an export.
     """
-    if not output.exists() or not any(output.iterdir()):
+    part = f".{RECORD}.part"  # alone there if the first call was interrupted at once
+    if not output.exists() or all(file.name == part for file in output.iterdir()):
         return None
     try:
         values = json.loads((output / RECORD).read_text())
