@@ -2,8 +2,12 @@
 conversations do not see each other.
 """
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from finetune.model.attention import (
 )
 from finetune.model.loading import load_model
 from finetune.model.weights import BaseWeights
+from helpers.paths import python_path
 
 LENGTHS = [50, 1, 90, 40]  # below and above the tiny model's window of 32, and one token alone
 
@@ -102,6 +107,25 @@ def test_packed_conversations_do_not_see_each_other(tiny_model: Path) -> None:
         together = model(input_ids=ids, position_ids=positions).logits[0]
         alone = [model(input_ids=part).logits[0] for part in ids.split(LENGTHS, dim=1)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+READ_BY_FLASH_ATTENTION = """
+from finetune.model.attention import cache_flash_attention
+cache_flash_attention()
+from flash_attn.cute import cache_utils
+print(cache_utils.CUTE_DSL_CACHE_ENABLED, cache_utils.CUTE_DSL_CACHE_DIR)
+"""
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is None, reason="flash-attn-4 is for Linux alone")
+def test_flash_attention_keeps_what_it_compiles() -> None:
+    """In a process of its own, because flash-attn-4 reads the environment at its import."""
+    envs = {name: value for name, value in os.environ.items() if "CUTE_DSL_CACHE" not in name}
+    envs["PYTHONPATH"] = python_path("sft")
+    command = [sys.executable, "-c", READ_BY_FLASH_ATTENTION]
+    result = subprocess.run(command, env=envs, capture_output=True, text=True)
+    kept = str(Path(sys.prefix) / "flash-attention-cache")
+    assert result.stdout.split() == ["True", kept], result.stderr
 
 
 @pytest.mark.gpu

@@ -2,7 +2,10 @@
 correct on this machine, and keep the conversations of a packed row apart.
 """
 
+import os
+import sys
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +36,18 @@ def slowest(implementations: list[str]) -> str:
     return max(implementations, key=(*FASTEST_FIRST, "eager").index)
 
 
+def cache_flash_attention() -> None:
+    """Let flash-attn-4 keep its compiled kernels beside the environment, for the next launch.
+
+    Without that, each process compiles them at each launch. Its own cache is off by default, and
+    both variables are read when it is imported (flash_attn/cute/cache_utils.py of 4.0.0b36).
+    Processes share the cache behind a lock; what the user has set stays.
+    """
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    folder = Path(sys.prefix) / "flash-attention-cache"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(folder))
+
+
 def fastest_here() -> str:
     """The fastest implementation that trains gpt-oss on this machine as eager attention does.
 
@@ -41,6 +56,7 @@ def fastest_here() -> str:
     """
     if not torch.cuda.is_available():
         return "eager"
+    cache_flash_attention()
     for implementation in FASTEST_FIRST:
         refusal = probe(implementation, device="cuda")
         if refusal is None:
