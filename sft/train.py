@@ -331,6 +331,8 @@ def save(
     summary: dict[str, Any] = throughput.summary(trainer.state)
     summary |= interruption_cost(launches) | run_cost(launches)
     summary["artifact"] = str(artifact)
+    if rows := trainer.uneven_rows():
+        summary["rows of an epoch"] = rows
     if warning := few_steps(trainer.state.max_steps):
         summary["warning"] = warning
     title = config.training.run_name

@@ -95,13 +95,18 @@ def vllms() -> "HarmonyEncoding":
 def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
     """Start train.py under `accelerate launch` with one of sft/'s configs, in a session of its own.
 
-    prefix: a command that runs the launcher, for example nsenter with its flags. A launcher that
-    still runs when the test ends is killed with its ranks.
+    prefix: a command that runs the launcher, for example nsenter with its flags. script: what runs
+    train.py. A launcher that still runs when the test ends is killed with its ranks.
     """
     launchers = []
 
     def run(
-        config: str, *flags: str, num_processes: int = 2, prefix: Sequence[str] = (), **envs: str
+        config: str,
+        *flags: str,
+        num_processes: int = 2,
+        prefix: Sequence[str] = (),
+        script: Path = REPO / "sft/train.py",
+        **envs: str,
     ) -> subprocess.Popen[str]:
         command = [
             *prefix,
@@ -111,7 +116,7 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
             "--num_machines=1",
             f"--num_processes={num_processes}",
             "--main_process_port=0",
-            str(REPO / "sft/train.py"),
+            str(script),
             *defaults(tiny_model, tmp_path),
         ]
         launchers.append(

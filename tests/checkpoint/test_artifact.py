@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from peft import get_peft_model
 from trl import ModelConfig
 
-from finetune.checkpoint.artifact import SUMMARY, is_finished, save_artifact
-from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint.artifact import EVALUATION, SUMMARY, is_finished, save_artifact
+from finetune.checkpoint.bucket import Cache, await_upload
 from finetune.checkpoint.summary_file import write_summary
 from finetune.model.loading import load_model, load_tokenizer
 from finetune.model.lora import lora_config
@@ -38,6 +38,8 @@ def test_the_summary_is_written_after_the_weights_have_been_uploaded(
     records.mkdir()
     (records / WEIGHTS).write_text('{"Dirty": true}')
     summary_was_there = []
+    artifact.mkdir()
+    (artifact / EVALUATION).write_text("{}")  # of this run's result, before it was damaged
 
     def poll(seconds: float) -> None:
         """rclone uploads the weights while await_upload sleeps for the third time."""
@@ -51,11 +53,13 @@ def test_the_summary_is_written_after_the_weights_have_been_uploaded(
         load_tokenizer(str(tiny_model)),
         artifact=artifact,
         summary={"steps": 4},
-        await_upload=partial(await_upload, find_records=lambda folder: records, sleep=poll),
+        await_upload=partial(await_upload, find_cache=lambda folder: Cache(records), sleep=poll),
     )
     assert summary_was_there == [False] * 3
     assert is_finished(artifact)
     assert json.loads((artifact / SUMMARY).read_text())["files"][WEIGHTS] > 0
+    (artifact / EVALUATION).write_text('{"loss": {}}')
+    assert is_finished(artifact)
 
 
 @pytest.mark.parametrize("lost", [WEIGHTS, SUMMARY])

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from transformers import TrainerControl, TrainerState
 
 from finetune.checkpoint.manifest import MANIFEST, check_complete, read_manifest
-from finetune.checkpoint.saver import FULL_BYTES, Phase, Saver
+from finetune.checkpoint.saver import FULL_BYTES, LONGEST_SAVE_SECONDS, Phase, Saver
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
 
@@ -198,6 +198,23 @@ def test_a_save_goes_through_its_phases_and_ends(run: Run) -> None:
     manifest = read_manifest(folder)
     assert manifest["fingerprint"] == {"model": "m"} and manifest["step"] == 3
     assert manifest["files"]["scheduler.pt"]["size"] == len("state")
+
+
+def test_training_does_not_wait_for_a_save_that_never_ends_but_saves_when_it_has(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.save(3)
+    upload = run.uploader.next()
+    run.now += LONGEST_SAVE_SECONDS + 1
+    run.saver.save(6, None, write_file, required=False)
+    assert "checkpoint-6 is not saved: checkpoint-3 is still on" in capsys.readouterr().out
+    assert not (run.run_dir / "checkpoint-6").exists()
+    assert not run.step().should_save
+    upload.end()
+    run.step_until(Phase.COMMITTING)
+    run.uploader.next().end()
+    await_true(lambda: run.step().should_save)
+    assert check_complete(run.run_dir / "checkpoint-3") is None
 
 
 def test_tensors_are_saved_as_they_were_when_save_returned(run: Run) -> None:

@@ -9,7 +9,13 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
 
-from finetune.training.filler import FilledDataset, fill_batches, filler_of, num_real_tokens
+from finetune.training.filler import (
+    FilledDataset,
+    fill_batches,
+    filler_of,
+    num_real_tokens,
+    uneven_rows,
+)
 
 
 def rows_of(num_rows: int) -> Dataset:
@@ -46,6 +52,53 @@ def test_each_row_is_seen_once_an_epoch(num_rows: int, batch_size: int, num_proc
         rows = [row for rank in batches for batch in rank for row in batch]
         real = [row["input_ids"][0] for row in rows if any(n != -100 for n in row["labels"])]
         assert Counter(real) == Counter(range(num_rows))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8, 13, 24])
+@pytest.mark.parametrize(
+    ("num_processes", "drop_last"), [(1, False), (2, False), (5, False), (2, True)]
+)
+@pytest.mark.parametrize("is_filled", [True, False])
+def test_the_summary_says_how_rows_count_that_do_not_divide_by_the_ranks(
+    num_rows: int, num_processes: int, drop_last: bool, is_filled: bool
+) -> None:
+    """Compared with what accelerate and the fillers make of the rows."""
+    seen: Counter[int] = Counter()
+    num_fillers = 0
+    for rank in range(num_processes):
+        dataset = FilledDataset(rows_of(num_rows))
+        prepared = prepare_data_loader(
+            DataLoader(dataset, batch_size=3, collate_fn=list, drop_last=drop_last),
+            num_processes=num_processes,
+            process_index=rank,
+            put_on_device=False,
+        )
+        if is_filled:
+            fill_batches(prepared)
+        rows = [row for batch in prepared for row in batch]
+        real = [row for row in rows if any(n != -100 for n in row["labels"])]
+        num_fillers += len(rows) - len(real)
+        seen.update(row["input_ids"][0] for row in real)
+    said = uneven_rows(
+        num_rows,
+        batch_size=3,
+        num_processes=num_processes,
+        drop_last=drop_last,
+        is_filled=is_filled,
+    )
+    num_repeated = seen.total() - len(seen)
+    if len(seen) < num_rows:
+        assert said is not None and said.startswith(
+            f"{num_rows - len(seen)} of {num_rows} rows are"
+        )
+    elif num_repeated:
+        assert said is not None and said.startswith(
+            f"{num_repeated} of {num_rows} rows count twice"
+        )
+    elif num_fillers:
+        assert said is not None and f"all {num_rows} count once; {num_fillers} fillers" in said
+    else:
+        assert said is None
 
 
 def test_a_loader_that_goes_on_in_mid_epoch_sees_the_rest() -> None:

@@ -98,8 +98,9 @@ def write_artifact(
     files = sorted(path for path in artifact.iterdir() if path.is_file())
     await_upload(files)
     check_fence()
-    # The card is for people, who may edit it, and evaluate.py adds its figures to it.
-    write_summary(artifact, summary, [file for file in files if file.name != CARD])
+    # The card is for people, who may edit it, and evaluate.py writes its figures to both of these.
+    lasting = [file for file in files if file.name not in (CARD, EVALUATION)]
+    write_summary(artifact, summary, lasting)
     await_upload([artifact / SUMMARY])
 
 

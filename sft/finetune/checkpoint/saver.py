@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from finetune.checkpoint.bucket import await_upload
+from finetune.checkpoint import bucket
 from finetune.checkpoint.fence import Fence, FencedOff
 from finetune.checkpoint.manifest import (
     files_of_rank,
@@ -45,6 +46,8 @@ FULL_BYTES = 2**20
 # An upload may take longer than any collective of training, and ranks wait here for each other's.
 # A rank that hangs is found by the watchdog (training/watchdog.py), not by this timeout.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
+# How long a save may take before training goes on without beginning the next one.
+LONGEST_SAVE_SECONDS = 600.0
 # How often ranks that wait for an upload vote meanwhile.
 SECONDS_BETWEEN_VOTES = 1.0
 
@@ -115,7 +118,7 @@ class Saver(TrainerCallback):
         keep: int | None,
         manifest: dict[str, Any],
         fence: Fence | None = None,
-        await_upload: Callable[[list[Path]], None] = await_upload,
+        await_upload: Callable[[list[Path]], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
         free_bytes: Callable[[Path], int] = free_bytes,
     ) -> None:
@@ -126,12 +129,19 @@ class Saver(TrainerCallback):
         self.manifest = manifest
         self.fingerprint: dict[str, Any] = manifest.get("fingerprint", {})
         self.fence = fence
-        self.await_upload, self.clock, self.free_bytes = await_upload, clock, free_bytes
+        self.clock, self.free_bytes = clock, free_bytes
+        # Training goes on beside a bucket that refuses, and may see it mended.
+        self.await_upload = await_upload or partial(
+            bucket.await_upload,
+            is_patient=lambda: not self.is_waiting,
+            is_abandoned=lambda: self.is_abandoned,
+        )
 
         self.preempted, self.noticed_at = False, 0.0
         self.complete_step: int | None = None
         self.stall_seconds = 0.0
         self.is_waiting = False
+        self.is_abandoned = False
 
         self.phase = Phase.IDLE
         self.folder: Path | None = None  # the checkpoint that is being saved
@@ -250,14 +260,20 @@ class Saver(TrainerCallback):
         return Votes(*tensor.bool().tolist())
 
     def save(
-        self, step: int, state_dict: dict[str, Any] | None, write: Callable[[Path], None]
+        self,
+        step: int,
+        state_dict: dict[str, Any] | None,
+        write: Callable[[Path], None],
+        *,
+        required: bool = True,
     ) -> None:
         """Start saving a checkpoint: state_dict by torch DCP (None: nothing), and small files by
         `write`, which is given the checkpoint's folder.
 
         Called by all ranks. Returns as soon as training may change the tensors again. Does nothing
-        if this step has been saved. Raises UserError on all ranks if one of them fails, FencedOff
-        if a newer launch continues the run.
+        if this step has been saved; nor, unless it is required, if the save before takes too long:
+        another is due as soon as that has ended. Raises UserError on all ranks if one fails,
+        FencedOff if a newer launch continues the run.
         """
         # Trainer may ask twice at one step: at the step's end and at its epoch's.
         if step == self.last_step:
@@ -266,7 +282,13 @@ class Saver(TrainerCallback):
         self.notice.save_requested = False
         # The save before this one must have ended: the stager's buffers are about to be filled
         # again, and while they are still being written that would corrupt its files.
-        self.finish()
+        if not self.finish(gives_up=None if required else self.is_slow):
+            PartialState().print(
+                f"checkpoint-{step} is not saved: checkpoint-{self.last_step} is still on its way "
+                f"after {(started - self.last_saved) / 60:.0f} min",
+                flush=True,
+            )
+            return
         self.check_fence()
         self.raise_together(self.mount_problem())
         self.folder = self.remove_remains(step)
@@ -377,18 +399,26 @@ class Saver(TrainerCallback):
             self.fence.check()
         prune(folder, keep=self.keep, fingerprint=self.fingerprint)
 
-    def finish(self) -> None:
-        """Return when the save under way, if there is one, is complete and in the bucket.
+    def finish(self, *, gives_up: Callable[[], bool] | None = None) -> bool:
+        """Return when the save under way, if there is one, is complete and in the bucket: True.
+        False if gives_up, which must be the same on all ranks, ends the wait before that.
 
         Must be called by all ranks, since each phase ends with collectives of all of them. Raises
         UserError on all ranks if the save fails, FencedOff if a newer launch continues the run.
         """
-        self.is_waiting = True
         while self.phase is not Phase.IDLE:
+            if gives_up is not None and gives_up():
+                break
+            self.is_waiting = True
             if self.job is not None:
                 wait([self.job], timeout=SECONDS_BETWEEN_VOTES)
             self.sync_ranks()
         self.is_waiting = False
+        return self.phase is Phase.IDLE
+
+    def is_slow(self) -> bool:
+        """Whether the save under way has taken too long, by the clock of the first rank."""
+        return bool(self.gather(self.clock() - self.last_saved > LONGEST_SAVE_SECONDS)[0])
 
     def mount_problem(self) -> str | None:
         """A message if run_dir is not in the file system that it was in at the start, or None."""
@@ -407,6 +437,7 @@ class Saver(TrainerCallback):
         reasons = self.gather(None if error is None else self.reason_for(error))
         for rank, reason in enumerate(reasons):
             if reason is not None:
+                self.is_abandoned = True
                 newest = newest_checkpoint(self.run_dir)
                 raise UserError(
                     f"saving {self.folder} failed on rank {rank}: {reason}; training stops, "

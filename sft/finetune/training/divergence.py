@@ -10,11 +10,15 @@ from torch.nn import Module
 from finetune.errors import UserError
 
 ADVICE = (
-    "try a lower --learning_rate, a longer warmup, and look at the data of this step; "
-    "a new launch resumes from the last complete checkpoint"
+    "look at the data of this step, and try a lower --learning_rate or a longer warmup under "
+    "another RUN_NAME"
 )
 
 Gather = Callable[[Any], list[Any]]  # the value of each rank, in their order, on all ranks
+
+
+class Diverged(UserError):
+    """Raised on all ranks at the same moment: a number is not finite on one of them."""
 
 
 class LossWatch:
@@ -48,7 +52,7 @@ def is_bad(value: torch.Tensor | float) -> bool:
 
 
 def check_step(step: int, problem: str | None, model: Module, *, gather: Gather) -> None:
-    """Raise UserError on all ranks if one has a problem. Called by all ranks before the optimizer
+    """Raise Diverged on all ranks if one has a problem. Called by all ranks before the optimizer
     changes the weights.
     """
     problems = gather(problem)
@@ -57,20 +61,20 @@ def check_step(step: int, problem: str | None, model: Module, *, gather: Gather)
     where = [f"{what} on rank {rank}" for rank, what in enumerate(problems) if what]
     weights = first_of(gather(bad_tensor(dict(model.named_parameters()))))
     cause = f"; the weights were not finite before this step: {weights}" if weights else ""
-    raise UserError(
+    raise Diverged(
         f"training diverged at step {step}, not finite: {', '.join(where)}{cause}; "
         f"nothing of this step is saved; {ADVICE}"
     )
 
 
 def check_tensors(tensors: dict[str, Any], what: str, *, gather: Gather) -> None:
-    """Raise UserError on all ranks if a tensor of this nested dict is not finite on one of them.
+    """Raise Diverged on all ranks if a tensor of this nested dict is not finite on one of them.
 
     what: the words that begin the message, such as `the weights after step 4`.
     """
     name = first_of(gather(bad_tensor(tensors)))
     if name is not None:
-        raise UserError(f"{what} are not finite: {name}; nothing of them is saved; {ADVICE}")
+        raise Diverged(f"{what} are not finite: {name}; nothing of them is saved; {ADVICE}")
 
 
 def first_of(names: list[str | None]) -> str | None:

@@ -75,6 +75,25 @@ def fill_batches(loader: Any) -> None:
         )
 
 
+def uneven_rows(
+    num_rows: int, *, batch_size: int, num_processes: int, drop_last: bool, is_filled: bool
+) -> str | None:
+    """How the rows of an epoch count that do not fill a batch on every rank, or None if all do.
+
+    batch_size: of one rank. is_filled: whether fillers are used; runs begun by versions without
+    them go on as they began.
+    """
+    num_left = num_rows % (batch_size * num_processes)
+    if num_left == 0 or (num_processes == 1 and not drop_last):
+        return None
+    num_missing = batch_size * num_processes - num_left
+    if drop_last:
+        return f"{num_left} of {num_rows} rows are left out of each epoch (--dataloader_drop_last)"
+    if is_filled:
+        return f"all {num_rows} count once; {num_missing} fillers outside the loss even the ranks"
+    return f"{num_missing} of {num_rows} rows count twice, to even the ranks, as this run began"
+
+
 def num_real_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """How many tokens of a batch are neither padding nor a filler's: a tensor of one number.
 

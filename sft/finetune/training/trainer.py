@@ -1,6 +1,7 @@
 """SFTTrainer whose checkpoints are saved in the background and resumed on any number of ranks."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,19 @@ from finetune.checkpoint.contents import (
     naming,
 )
 from finetune.checkpoint.fingerprint import TRAINING_RULES
+from finetune.checkpoint.manifest import newest_checkpoint
 from finetune.checkpoint.saver import EvaluationAbandoned, Saver
+from finetune.errors import UserError
 from finetune.model.lora import upcast_trained_copies
 from finetune.model.weights import BaseWeights, shard_and_fill
 from finetune.preemption import EXIT_STATUS, OutliveNotice
-from finetune.training.divergence import LossWatch, check_step, check_tensors
-from finetune.training.filler import FilledDataset, fill_batches, num_real_tokens
+from finetune.training.divergence import Diverged, LossWatch, check_step, check_tensors
+from finetune.training.filler import (
+    FilledDataset,
+    fill_batches,
+    num_real_tokens,
+    uneven_rows,
+)
 from finetune.training.schedule import warm_up_from_first_increment
 from finetune.training.weight_decay import decayed
 
@@ -68,6 +76,26 @@ class ResumableSFTTrainer(SFTTrainer):
         if training_rules >= 2:
             upcast_trained_copies(self.model)
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's. When the numbers are no longer finite, the save under way, which is of a step
+        before that, is still brought to its end. Raises UserError.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except Diverged as error:
+            with suppress(UserError):  # one that fails takes nothing from the checkpoints before
+                self.saver.finish()
+            kept = newest_checkpoint(self.saver.run_dir)
+            last = (
+                f"the last complete checkpoint is {kept.name}"
+                if kept
+                else "no checkpoint is complete"
+            )
+            raise UserError(f"{error}; {last}") from error
+        except BaseException:
+            self.saver.is_abandoned = True
+            raise
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer; before that, shard a model on the meta device and fill it.
 
@@ -102,6 +130,16 @@ class ResumableSFTTrainer(SFTTrainer):
         base = getattr(loader, "base_dataloader", loader)  # accelerate wraps what iterates
         base.worker_init_fn = OutliveNotice(base.worker_init_fn)
         return loader
+
+    def uneven_rows(self) -> str | None:
+        """For the summary: how the rows of an epoch count that do not divide by the ranks."""
+        return uneven_rows(
+            len(self.train_dataset),
+            batch_size=self.args.per_device_train_batch_size,
+            num_processes=self.args.world_size,
+            drop_last=self.args.dataloader_drop_last,
+            is_filled=self.training_rules >= 2,
+        )
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """The loss; under DeepSpeed checked at once, since its backward pass ends in its step."""
@@ -174,17 +212,18 @@ class ResumableSFTTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Called by Trainer on all ranks whenever control.should_save is set."""
         step = self.state.global_step
+        required = self.saver.preempted or step >= self.state.max_steps
         if self.is_deepspeed_enabled:
             stock = super()._save_checkpoint
             weights = dict(self.model.named_parameters())
             check_tensors(weights, f"weights after step {step}", gather=self.saver.gather)
-            self.saver.save(step, None, lambda folder: stock(model, trial))
+            self.saver.save(step, None, lambda folder: stock(model, trial), required=required)
             return
         self.store_flos()  # Trainer does so first as well: it puts total_flos into the state
         state_dict = self.state_to_save()
         what = f"weights or optimizer states after step {step}"
         check_tensors(state_dict, what, gather=self.saver.gather)
-        self.saver.save(step, state_dict, self.write_small_files)
+        self.saver.save(step, state_dict, self.write_small_files, required=required)
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Called by Trainer on all ranks. After a notice: give the evaluation up, save the step and
