@@ -105,10 +105,10 @@ def evaluate(run_dir: Path, args: EvaluateArguments) -> dict[str, Any]:
         "conversations": len(test_set.tokens),
         **compare_evaluations(before, after, test_set.prompts),
     }
+    print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
     (artifact / EVALUATION).write_text(json.dumps(evaluation, indent=2, ensure_ascii=False))
     with only_warn("the model card does not have these figures"):
         update_evaluation(artifact)
-    print_report(evaluation, title=f"{artifact.parent.resolve().name}: before -> after")
     if os.environ.get("WANDB_API_KEY"):
         send_to_wandb(evaluation, run_dir=artifact.parent)
     return evaluation

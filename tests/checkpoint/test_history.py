@@ -82,6 +82,10 @@ def test_what_is_no_record_is_skipped(tmp_path: Path, garbage: str) -> None:
     (folder / "0004.json").symlink_to("nowhere")
     (folder / "0005.json").write_text(json.dumps(record | {"started": 1e300}))
     assert read_launches(tmp_path) == [record]
+    for wandb_run_id in (7, {}, "a/b", "x" * 200):
+        (folder / "0006.json").write_text(json.dumps(record | {"wandb_run_id": wandb_run_id}))
+        assert first_wandb_run(tmp_path) is None
+    (folder / "0006.json").unlink()
     assert first_wandb_run(tmp_path) is None
     assert conversation_date(tmp_path) == "1970-01-01"
     assert interruption_cost(read_launches(tmp_path))["interruptions"] == 0

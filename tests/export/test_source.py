@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from finetune.checkpoint.manifest import manifest_entries, write_manifest
 from finetune.errors import UserError
@@ -42,6 +43,17 @@ def test_a_file_that_is_cut_off_is_refused(run_dir: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=f"{ADAPTER} is not complete"):
         find_run_weights(run_dir)
+
+
+def test_weights_of_a_diverged_run_are_refused(run_dir: Path) -> None:
+    """Version 0.1.0 left such artifacts, without hashes."""
+    file = run_dir / "final" / ADAPTER
+    tensors = load_file(file)
+    name = min(tensors)
+    tensors[name][0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"{name} in .*final is not finite"):
+        find_run_weights(run_dir).rows(name)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:

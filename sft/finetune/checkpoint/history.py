@@ -4,6 +4,7 @@ Each launch keeps a small JSON file, launches/NNNN.json, beside the run's checkp
 """
 
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -22,6 +23,7 @@ from finetune.checkpoint.writers import LAUNCHES, launch_numbers, newest_writer
 FOLDER = LAUNCHES
 # What each record holds beside wandb_run_id and, since there was a first checkpoint, `complete`.
 NUMBERS = ("from_step", "step", "seconds", "saving_seconds", "started", "updated")
+WANDB_ID = re.compile(r"[\w-]{1,128}")  # what wandb takes; anything else is garbage
 LARGEST = 1e11  # as a Unix time this is in the year 5138
 
 
@@ -64,9 +66,8 @@ def conversation_date(run_dir: str | Path) -> str:
 
 def first_wandb_run(run_dir: str | Path) -> str | None:
     """The id of the W&B run that this run's first launch with an API key started, or None."""
-    return next(
-        filter(None, (launch.get("wandb_run_id") for launch in read_launches(run_dir))), None
-    )
+    ids = [launch.get("wandb_run_id") for launch in read_launches(run_dir)]
+    return next((name for name in ids if isinstance(name, str) and WANDB_ID.fullmatch(name)), None)
 
 
 class LaunchLog(TrainerCallback):

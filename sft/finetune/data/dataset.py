@@ -162,9 +162,10 @@ def without_bad_rows(rows: Dataset, name: str) -> Dataset:
     if not is_bad.any():
         return rows
     bad = rows.select(np.flatnonzero(is_bad))
+    name = without_secrets(name)
     PartialState().print(f"data: {name}: {len(bad)} bad rows left out (--skip_bad_rows)")
-    for line in first_warnings(bad):
-        PartialState().print(f"  {line}")
+    for line in first_warnings(bad):  # each names its file
+        PartialState().print(f"  {without_secrets(line)}")
     if is_bad.all():
         raise UserError(f"dataset {name!r}: no row is left; the first: {first_warnings(bad)[0]}")
     return rows.select(np.flatnonzero(~is_bad))
@@ -363,7 +364,7 @@ def tokenize(
     parts += [f"{note}: {count} rows" for note, count in count_notes(rows).items()]
     PartialState().print("; ".join(parts))
     for line in first_warnings(rows):
-        PartialState().print(f"warning: {line}")
+        PartialState().print(f"warning: {without_secrets(line)}")
     if not is_kept.any():
         raise UserError(
             f"nothing is left to train on: of {len(tokens)} "

@@ -108,7 +108,7 @@ class FinalArtifact(RunWeights):
         with naming(self.files[name]), safe_open(self.files[name], "pt") as tensors:
             rows = tensors.get_slice(name)[start:stop]
         rows = rows if self.is_adapter else rows.to(torch.bfloat16)
-        return rows.to(device)
+        return finite(rows, name, self.folder).to(device)
 
     def lora_config(self) -> LoraConfig:
         with naming(self.lora_file):
@@ -157,11 +157,20 @@ class SavedCheckpoint(RunWeights):
                     f"{error}; if the run goes on and has deleted the checkpoint, export again to "
                     "another folder"
                 ) from error
-            self.last = (name, tensor)
+            self.last = (name, finite(tensor, name, self.folder))
         return self.last[1][start:stop].to(device)
 
     def lora_config(self) -> ModelConfig:
         return ModelConfig(use_peft=True, lora_dropout=0.0, **self.record.lora)
+
+
+def finite(tensor: torch.Tensor, name: str, folder: Path) -> torch.Tensor:
+    """The tensor. Raises UserError if a number in it is not finite: version 0.1.0 saved what a
+    diverged run had left.
+    """
+    if not tensor.isfinite().all():
+        raise UserError(f"{name} in {folder} is not finite: the run had diverged; train once more")
+    return tensor
 
 
 def newest_record(run_dir: Path) -> RunRecord:
