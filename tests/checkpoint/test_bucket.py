@@ -58,7 +58,7 @@ class Bucket:
     at: what happens at which second.
     """
 
-    def __init__(self, folder: Path, *, log: str = "", at: dict[float, str] | None = None) -> None:
+    def __init__(self, folder: Path, *, log: str = "", at: dict[int, str] | None = None) -> None:
         self.folder, self.now, self.at = folder, 0.0, at or {}
         self.files = [folder / "run/checkpoint-4" / name for name in ("a", "b")]
         self.cache = Cache(folder, folder / "log", "run/checkpoint-4")

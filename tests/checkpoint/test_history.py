@@ -82,7 +82,8 @@ def test_what_is_no_record_is_skipped(tmp_path: Path, garbage: str) -> None:
     (folder / "0004.json").symlink_to("nowhere")
     (folder / "0005.json").write_text(json.dumps(record | {"started": 1e300}))
     assert read_launches(tmp_path) == [record]
-    for wandb_run_id in (7, {}, "a/b", "x" * 200):
+    garbage_ids: tuple[Any, ...] = (7, {}, "a/b", "x" * 200)
+    for wandb_run_id in garbage_ids:
         (folder / "0006.json").write_text(json.dumps(record | {"wandb_run_id": wandb_run_id}))
         assert first_wandb_run(tmp_path) is None
     (folder / "0006.json").unlink()

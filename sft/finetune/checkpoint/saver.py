@@ -130,18 +130,18 @@ class Saver(TrainerCallback):
         self.fingerprint: dict[str, Any] = manifest.get("fingerprint", {})
         self.fence = fence
         self.clock, self.free_bytes = clock, free_bytes
-        # Training goes on beside a bucket that refuses, and may see it mended.
-        self.await_upload = await_upload or partial(
-            bucket.await_upload,
-            is_patient=lambda: not self.is_waiting,
-            is_abandoned=lambda: self.is_abandoned,
-        )
 
         self.preempted, self.noticed_at = False, 0.0
         self.complete_step: int | None = None
         self.stall_seconds = 0.0
         self.is_waiting = False
         self.is_abandoned = False
+        # Training goes on beside a bucket that refuses, and may see it mended.
+        self.await_upload = await_upload or partial(
+            bucket.await_upload,
+            is_patient=lambda: not self.is_waiting,
+            is_abandoned=lambda: self.is_abandoned,
+        )
 
         self.phase = Phase.IDLE
         self.folder: Path | None = None  # the checkpoint that is being saved
