@@ -111,7 +111,7 @@ def test_a_bucket_that_refuses_is_named_with_its_reason_and_given_up_after_an_ho
         bucket.await_upload()
     assert 3600 + 600 < bucket.now < 3600 + 800
     reminder = capsys.readouterr().out.splitlines()[0]
-    assert "it refuses them (NoSuchBucket: The specified bucket does not exist)" in reminder
+    assert "the bucket refuses them (NoSuchBucket: The specified bucket does not exist)" in reminder
 
 
 def test_a_bucket_that_refuses_is_waited_for_while_training_goes_on(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_reason_is_told_the_wait_has_an_end_and_a_mended_bucket_gets_the_fil
     )
     with pytest.raises(UserError, match=r"taken none of 1 files .*too big for remaining disk"):
         wait()
-    assert "it refuses them (preallocate: file too big" in capsys.readouterr().out
+    assert "the bucket refuses them (preallocate: file too big" in capsys.readouterr().out
     subprocess.run(["mount", "-o", "remount,size=1m", bucket], check=True)
     wait(is_patient=lambda: True)
     assert (bucket / CHECKPOINT / "__0_0.distcp").stat().st_size == 100_000
