@@ -82,6 +82,7 @@ from finetune.data.dataset import load_datasets, mean_length
 from finetune.errors import one_line_errors, only_warn
 from finetune.export.card import card_of_artifact
 from finetune.model.attention import choose_attention
+from finetune.model.expert_probe import check_experts
 from finetune.model.experts import use_grouped_lora
 from finetune.model.flops import flops_per_token
 from finetune.model.loading import load_model, load_tokenizer
@@ -234,6 +235,7 @@ def newest_again(config: Config, record: RunRecord, checkpoint: Path | None) -> 
 def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throughput]:
     """The model with its adapter, and the trainer with all that saves, watches and logs."""
     run_dir, num_processes = Path(config.training.output_dir), config.training.world_size
+    check_experts()
     attention = config.model.attn_implementation or choose_attention()
     weights = BaseWeights(config.model_id, revision=config.model.model_revision)
     model = load_model(
