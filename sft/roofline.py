@@ -1,19 +1,19 @@
-"""What bounds a step of each recipe, on paper: computing, or moving weights and gradients.
+"""What bounds a step of each recipe: the least time of every part of it, counted without a GPU.
 
-    python sft/roofline.py gpt-oss-*.yaml                  as the task files have it
-    python sft/roofline.py --mfu 0.3 gpt-oss-20b-sft.yaml  with the MFU that bench.py measured
+    python sft/roofline.py gpt-oss-*.yaml                       as the task files have it
+    python sft/roofline.py --gpu H200 gpt-oss-120b-lora.yaml
+    python sft/roofline.py --per_device_train_batch_size 4 gpt-oss-20b-sft.yaml
 
-FSDP2 gathers a layer's bf16 weights before its forward and again before its backward. The embedding
-is gathered twice as well, the head once. Gradients are reduced in fp32; data parallel LoRA reduces
-the adapter's only. The next layer's weights travel while a layer computes, so that a step takes the
-longer of the two sums.
+The operations of a microbatch's forward and backward are run without any values and counted one by
+one (finetune/benchmark/op_count.py). Each takes at least its FLOPs over 800 TFLOP/s of H100's 989,
+or its bytes over the bandwidth of the GPU's memory, whichever is longer. Moving between GPUs,
+FSDP2's copies and the optimizer follow from the numbers of parameters (finetune/benchmark/step.py).
 
-A collective of B bytes over W GPUs moves B (W - 1) / W through every GPU's link. Between nodes,
-NCCL's rings share all network cards of a node, so the time there is B over the sum of the cards'
-bandwidths (the "bus bandwidth" of nccl-tests). A frozen base in MXFP4 is unpacked for the forward,
-for its recomputation and for the backward.
+A bound is not a forecast: real kernels stay behind it, and the time of launches and host waits is
+not in it. Launches are counted, but those of the optimizer are not. Nor are the seven waits that
+TRL's metrics and Trainer's check of the loss add to a microbatch.
 
-As the task files have it, at an MFU of 30%: gpt-oss-20b-lora is bound by computing,
+As the task files have it, gpt-oss-20b-lora is bound by eager element-wise operations,
 gpt-oss-120b-lora by unpacking its base, and both full recipes by moving weights and gradients.
 """
 
@@ -25,11 +25,12 @@ from finetune.command_line import CommandLine
 
 @dataclass
 class RooflineArguments:
-    """How fast a GPU computes."""
+    """What differs from the task file."""
 
-    mfu: float = field(
-        default=0.3,
-        metadata={"help": "The MFU of one GPU alone, 0 to 1, as bench.py measures it."},
+    gpu: str | None = field(default=None, metadata={"help": "A100, H100, H200 or B200."})
+    max_length: int | None = field(default=None, metadata={"help": "Tokens of a row."})
+    per_device_train_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows at once on a GPU."}
     )
 
 
@@ -46,110 +47,54 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.arguments import parse_task
-from finetune.benchmark.synthetic import MEAN_LENGTH, config_of
-from finetune.benchmark.traffic import bytes_between_gpus, bytes_unpacked, count_parameters
+from finetune.benchmark.gpus import gpu_named
+from finetune.benchmark.step import MOVING, Step, count_step
 from finetune.errors import UserError, one_line_errors
-from finetune.model.flops import PEAK_FLOPS, flops_per_token
 from finetune.task_file import TaskFile
 
-# Bytes/s in each direction, from data sheets: NVLink 4 of a GPU; eight 400 Gb/s cards of a node. A
-# ring reaches about four fifths of that (all_gather_perf of nccl-tests on such machines).
-NVLINK, NETWORK, REACHED = 450e9, 8 * 50e9, 0.8
-HBM = {"H100": 3.35e12, "H200": 4.8e12}  # bytes/s of a GPU's memory, from data sheets
 
-
-@dataclass(frozen=True)
-class Step:
-    """What one step of a task takes on each GPU, in seconds. tokens: at once on a GPU."""
-
-    tokens: int
-    tokens_of_all_gpus: int  # with gradient accumulation
-    computing: float
-    unpacking: float
-    moving: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.computing + self.unpacking, self.moving)
-
-    @property
-    def bound(self) -> str:
-        """What takes longest."""
-        if self.moving == self.seconds:
-            return "moving"
-        return "unpacking" if self.unpacking > self.computing else "computing"
-
-    @property
-    def tokens_to_balance(self) -> float:
-        """From how many tokens at once computing takes longer than moving."""
-        return self.moving / (self.computing / self.tokens)
-
-
-def step_of(path: Path, *, mfu: float) -> Step:
+def count_file(path: Path, args: RooflineArguments) -> Step:
     """Raises UserError if the file is no task file, or its step cannot be told from it."""
     task = TaskFile.read(path)
-    config = parse_task(task)
-    gpu, training = gpu_of(task), config.training
-    if training.max_length is None:
-        raise UserError(f"{path}: the length of a row is not known without --max_length")
-    tokens = training.max_length * training.per_device_train_batch_size
-    model, lora = config_of(config.model_id), config.model.use_peft
-    flops = tokens * flops_per_token(model, context=MEAN_LENGTH, lora=lora)
-    parameters = count_parameters(model, config.model)
-    moved = bytes_between_gpus(parameters, sharded=task.is_sharded, lora=lora)
-    links = min(NVLINK, NETWORK) if task.num_nodes > 1 else NVLINK
-    unpacked = 0 if config.run.dequantize else bytes_unpacked(model)
-    return Step(
-        tokens=tokens,
-        tokens_of_all_gpus=tokens * training.gradient_accumulation_steps * task.num_gpus,
-        computing=flops / (PEAK_FLOPS[gpu] * mfu),
-        unpacking=unpacked / (HBM[gpu] * REACHED),
-        moving=moved * (task.num_gpus - 1) / task.num_gpus / (links * REACHED),
-    )
+    for name in ("max_length", "per_device_train_batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} must be at least 1")
+    flags = {name: value for name, value in vars(args).items() if name != "gpu"}
+    changes = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    config = parse_task(task, *changes)
+    return count_step(task, config, gpu=gpu_named(args.gpu or task.accelerator))
 
 
-def gpu_of(task: TaskFile) -> str:
-    """The data sheet's name of the task's GPU, for example H100 of H100-SXM.
+def rows_of(steps: list[Step]) -> dict[str, list[str]]:
+    """The rows of the table, a cell for each step; times are in milliseconds."""
+    parts = dict.fromkeys(part for step in steps for part in step.parts)
+    return {
+        "GPU": [step.gpu.name for step in steps],
+        "tokens at once": [f"{step.tokens:,}" for step in steps],
+        **{part: [milliseconds(step.seconds_of(part)) for step in steps] for part in parts},
+        "forward and backward": [milliseconds(step.microbatch.seconds) for step in steps],
+        "times a step": [str(step.accumulation) for step in steps],
+        "clipping and AdamW": [milliseconds(step.optimizer) for step in steps],
+        "all computing of a step": [milliseconds(step.computing) for step in steps],
+        MOVING: [milliseconds(step.moving) for step in steps],
+        "bound by": [step.bound.partition(":")[0] for step in steps],
+        "tokens/s/GPU at most": [f"{step.tokens_per_sec:,.0f}" for step in steps],
+        "MFU at most": [f"{step.mfu:.0%}" for step in steps],
+        "kernel launches": [f"{step.microbatch.launches:,.0f}" for step in steps],
+        "host waits": [f"{step.microbatch.waits:,.0f}" for step in steps],
+    }
 
-    Raises UserError if there is no data sheet of it here.
-    """
-    known = HBM.keys() & PEAK_FLOPS.keys()
-    found = [name for name in sorted(known) if name in task.accelerator]
-    if not found:
-        raise UserError(
-            f"the speed of {task.accelerator} is not known here, but of {', '.join(sorted(known))}"
-        )
-    return found[0]
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.1f}" if seconds else ""
 
 
 def main(args: RooflineArguments, paths: list[Path]) -> None:
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu {args.mfu:g}: give a share of the GPU's peak, above 0 and up to 1")
-    table = Table(
-        "",
-        "tokens at once\nper GPU",
-        "computing\ns",
-        "unpacking\ns",
-        "moving\ns",
-        "bound by",
-        "tokens/s/GPU\nat most",
-        "computing takes\nover at tokens",
-        "tokens\na step",
-        title=f"On paper, computing at an MFU of {args.mfu:.0%}",
-    )
-    for path in paths:
-        step = step_of(path, mfu=args.mfu)
-        table.add_row(
-            path.stem,
-            f"{step.tokens:,}",
-            f"{step.computing:.3f}",
-            f"{step.unpacking:.3f}",
-            f"{step.moving:.3f}",
-            step.bound,
-            f"{step.tokens / step.seconds:,.0f}",
-            f"{step.tokens_to_balance:,.0f}",
-            f"{step.tokens_of_all_gpus:,}",
-        )
+    steps = [count_file(path, args) for path in paths]
+    table = Table("ms", *(path.stem for path in paths), title="A step at its fastest, counted")
+    for name, cells in rows_of(steps).items():
+        table.add_row(name, *cells)
     Console(width=140).print(table)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from finetune.benchmark.memory_count import LiveBytes, count
+from finetune.benchmark.memory_count import LiveBytes, count, count_layers
 from finetune.benchmark.synthetic import make_config
 from finetune.errors import UserError
 from helpers.paths import REPO
@@ -67,6 +67,17 @@ def test_experts_in_bf16_take_four_times_the_memory_and_activations_more_if_they
     kept = count(config, LORA, packed=True, activation_checkpointing=False, **shape)
     name = "activations, working memory"
     assert kept[name] > packed[name]
+
+
+def test_few_layers_scale_to_all() -> None:
+    """Six layers are counted at two and at four; counted as they are, they hold the same.
+
+    But for some kilobytes, which show only in shapes as small as these.
+    """
+    config = make_config("20b", tiny=True, num_layers=6)
+    scaled = count(config, LORA, max_length=256, batch_size=1, packed=True)
+    whole = count_layers(config, LORA, ids=(1, 256), packed=True, activation_checkpointing=True)
+    assert scaled == pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -39,6 +39,7 @@ def measure_in(folder: Path) -> None:
     (path,) = args.paths
     run_dir = folder / "run"
     run_dir.mkdir()
+    progress(f"{label(path, *args.num_layers)}: random weights are made")
     datasets.disable_progress_bars()  # their redrawn lines hide the plain ones of this benchmark
 
     def write(result: dict[str, Any]) -> None:
@@ -71,14 +72,13 @@ def measure(
     trainer.train()
     result |= figures(args, trainer, windows)
     write(result)
+    progress(f"{result['path']}: {summary(result)}")
 
     timer = PartTimer(trainer)
-    parts: dict[str, Part] = {
-        "saving": lambda: save_checkpoint(trainer),  # first, while the model is as training left it
-        "attention": timer.attention,
-        "experts": timer.experts,
-        "loss": timer.loss,
-    }
+    parts: dict[str, Part] = {}
+    if args.save:
+        parts["saving"] = lambda: save_checkpoint(trainer)  # while the model is as training left it
+    parts |= {"attention": timer.attention, "experts": timer.experts, "loss": timer.loss}
     if args.trace:
         file = Path(args.trace) / f"{result['path']}.json"
         parts["trace"] = lambda: trace(trainer, file)
@@ -106,6 +106,14 @@ def figures(args: BenchArguments, trainer: SFTTrainer, windows: Windows) -> dict
         "attention_implementation": config._attn_implementation,
         "trained_weights": str(trained.dtype).removeprefix("torch.") + sharded,
     }
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The figures of the windows in one line, for who cannot wait for the table."""
+    peak = result["peak_memory_gib"]
+    memory = "" if peak is None else f", {peak} GiB at most"
+    share = "" if result["mfu"] is None else f", MFU {result['mfu']:.1%}"
+    return f"{result['tokens_per_sec']:,.0f} tokens/s{share}{memory}; its parts follow"
 
 
 def mfu(tokens_per_sec: float, config: Any, *, lora: bool) -> float | None:

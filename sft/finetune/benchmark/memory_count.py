@@ -1,35 +1,33 @@
 """Bytes that a training step of LoRA holds, counted without a GPU and without the bytes.
 
-The model in its true shapes, grouped LoRA, TRL's loss and AdamW run under torch's FakeTensorMode,
-in which tensors have shapes but no storage. LiveBytes counts each tensor from the operation that
-makes it until it is freed.
+The model in its true shapes, grouped LoRA, TRL's loss and AdamW run without values
+(fake_model.py). LiveBytes counts each tensor from the operation that makes it until it is freed.
 """
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from peft import get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GptOssConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl import ModelConfig
-from trl.trainer.utils import add_fused_lm_head
 
-from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
-from finetune.model.loading import meta_model
-from finetune.model.lora import lora_config
-from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
-from finetune.model.weights import restore_buffers
-
-ATTENTION = "counted"  # the name of counted_attention in a model's config
+from finetune.benchmark.fake_model import (
+    as_on_a_gpu,
+    at_all_layers,
+    every_row,
+    few_layers,
+    forward_and_backward,
+    make_model,
+    selects_by_mask,
+    to_fake,
+)
+from finetune.benchmark.synthetic import MEAN_LENGTH
+from finetune.model.mxfp4 import Mxfp4Weight
 
 
 class LiveBytes(TorchDispatchMode):
@@ -52,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(  # type: ignore[override]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = every_row(*args) if selects_by_mask(func, args) else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             # A packed weight has no storage of its own: its blocks and scales are parameters.
             if isinstance(tensor, torch.Tensor) and not isinstance(tensor, Mxfp4Weight):
@@ -72,17 +70,23 @@ class LiveBytes(TorchDispatchMode):
         self.now += size
         self.peak = max(self.peak, self.now)
 
-    def as_kernel(self, function: Callable[..., Any], like: Any = None) -> Callable[..., Any]:
-        """The function as one kernel: its results are counted, its intermediate tensors are not.
+    def first_rows(self, num_chunks: int, num_rows: int) -> list[int]:
+        """As if every token went to the first experts, where the largest GEMM is the largest."""
+        return [0] + [num_rows] * num_chunks
 
-        like: not used; expert_ops.fused, in whose place this stands, takes it.
-        """
+    def as_kernel(self, function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        """The function as one kernel: its results are counted, its intermediate tensors are not."""
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             self.is_paused = True
-            results = function(*args)
+            results = function(*args, **kwargs)
             self.is_paused = False
-            return tree_map(torch.clone, results)  # a clone is new, and is counted
+            # A clone is new, and is counted. What is written in place is there already.
+            there = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+            return tree_map(
+                lambda t: t if t is None or t.untyped_storage()._cdata in there else t.clone(),
+                results,
+            )
 
         return run
 
@@ -91,97 +95,6 @@ def stored(parameter: Any) -> list[torch.Tensor]:
     """The tensors that hold the bytes of a parameter."""
     is_packed = isinstance(parameter, Mxfp4Weight)
     return [parameter.blocks, parameter.scales] if is_packed else [parameter]
-
-
-class FlashAttention(torch.autograd.Function):
-    """The tensors that flash attention keeps for its backward, without their values."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor
-    ) -> torch.Tensor:
-        out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, sinks, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:4])
-
-
-def counted_attention(
-    module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any
-) -> tuple[Any, None]:
-    """FlashAttention with the signature that transformers calls: q (B, H, T, D) to (B, T, H, D)."""
-    return FlashAttention.apply(q, k, v, module.sinks).transpose(1, 2).contiguous(), None
-
-
-def register_attention() -> None:
-    """Let a GptOssConfig name counted_attention as its attention, for which no mask is made."""
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, counted_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, lambda *args, **kwargs: None)
-
-
-@contextmanager
-def as_on_a_gpu(live: LiveBytes) -> Iterator[None]:
-    """Let the code that runs as kernels on a GPU allocate what those kernels allocate.
-
-    The functions are replaced by unittest.mock.patch for the time of a count, because what is
-    counted must be the code of training itself, which has no hooks for counting. patch raises
-    AttributeError if one of them has been renamed.
-    """
-
-    def unpack(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return torch.empty(*scales.shape[:-1], scales.shape[-1] * BLOCK_SIZE, dtype=torch.bfloat16)
-
-    def bounds(offsets: torch.Tensor, *, step: int, num_rows: int) -> list[int]:
-        """As if every token went to the first experts, where the largest GEMM is the largest."""
-        return [0] + [num_rows] * -(-len(offsets) // step)
-
-    def no_tile(*args: Any, **kwargs: Any) -> None:
-        """A tile of TRL's loss is computed in registers, into tensors that are there already."""
-
-    replacements = {
-        "finetune.model.expert_ops.fused": live.as_kernel,
-        "finetune.model.mxfp4.unpack": unpack,
-        "finetune.model.mxfp4.bounds": bounds,
-        "trl.kernels.chunked_logprob._forward_tile": no_tile,
-        "trl.kernels.chunked_logprob._backward_tile": no_tile,
-    }
-    with ExitStack() as stack:
-        for name, replacement in replacements.items():
-            stack.enter_context(patch(name, replacement))
-        yield
-
-
-def make_model(config: GptOssConfig, lora: ModelConfig, *, activation_checkpointing: bool) -> Any:
-    """gpt-oss with LoRA as train.py makes it, on the meta device."""
-    register_experts()
-    register_attention()
-    config._attn_implementation, config._experts_implementation = ATTENTION, EXPERTS_IMPLEMENTATION
-    model: Any = meta_model(config)
-    with torch.device("meta"):
-        add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
-        model = get_peft_model(model, lora_config(model, lora))
-    use_grouped_lora(model)
-    if activation_checkpointing:
-        model.get_base_model().activation_checkpointing_enable(
-            {"preserve_rng_state": False, "use_reentrant": False}
-        )
-        model.enable_input_require_grads()
-    return model.train()
-
-
-def without_bytes(parameter: torch.nn.Parameter, *, packed: bool) -> torch.nn.Parameter:
-    """A parameter of the same shape and dtype, for FakeTensorMode. packed: experts in MXFP4."""
-    if not (packed and parameter.ndim == 3):
-        values = torch.empty(parameter.shape, dtype=parameter.dtype)
-        return torch.nn.Parameter(values, requires_grad=parameter.requires_grad)
-    num_experts, inner, out = parameter.shape
-    shape = (num_experts, out, inner // BLOCK_SIZE)
-    blocks = torch.empty(*shape, BLOCK_SIZE // 2, dtype=torch.uint8)
-    weight = Mxfp4Weight(blocks, torch.empty(shape, dtype=torch.uint8))
-    return torch.nn.Parameter(weight, requires_grad=False)
 
 
 def count(
@@ -193,21 +106,47 @@ def count(
     packed: bool,
     activation_checkpointing: bool = True,
 ) -> dict[str, int]:
-    """Bytes at the peak of a step, by what they hold. packed: the experts are in MXFP4."""
-    model = make_model(config, lora, activation_checkpointing=activation_checkpointing)
+    """Bytes at the peak of a step, by what they hold. packed: the experts are in MXFP4.
+
+    Counted at few layers and scaled to all: the peak is in the backward of the last layer, and
+    each layer below it adds the same.
+    """
+    counted = [
+        count_layers(
+            few,
+            lora,
+            ids=(batch_size, max_length),
+            packed=packed,
+            activation_checkpointing=activation_checkpointing,
+        )
+        for few in few_layers(config)
+    ]
+    return {
+        name: round(at_all_layers([held[name] for held in counted], config)) for name in counted[0]
+    }
+
+
+def count_layers(
+    config: GptOssConfig,
+    lora: ModelConfig,
+    *,
+    ids: tuple[int, int],
+    packed: bool,
+    activation_checkpointing: bool,
+) -> dict[str, int]:
+    """As count, of a model as it is. ids: the shape of a batch of tokens, (B, T)."""
+    model = make_model(
+        config, lora, context=MEAN_LENGTH, activation_checkpointing=activation_checkpointing
+    )
     with FakeTensorMode():
-        for module in model.modules():
-            for name, parameter in list(module.named_parameters(recurse=False)):
-                module.register_parameter(name, without_bytes(parameter, packed=packed))
-        restore_buffers(model, torch.device("cpu"))
+        to_fake(model, packed=packed)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, fused=True)
-        ids = torch.zeros(batch_size, max_length, dtype=torch.long)
+        tokens = torch.zeros(ids, dtype=torch.long)
         live = LiveBytes(model)
-        with live, as_on_a_gpu(live), torch.autocast("cpu", torch.bfloat16):
+        with live, as_on_a_gpu(live):
             for _ in range(2):  # in the second step gradients and AdamW's states are there as well
-                inputs = {"input_ids": ids, "labels": ids, "position_ids": ids}
-                model(**inputs, fused_lm_head=True).loss.backward()
+                forward_and_backward(model, tokens)
                 optimizer.step()
 
     stacks = sum(t.nbytes for p in model.parameters() if p.ndim == 3 for t in stored(p))

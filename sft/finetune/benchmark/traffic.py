@@ -1,4 +1,4 @@
-"""Bytes that a training step moves, on paper: between GPUs, and from memory to unpack MXFP4."""
+"""Bytes that a training step moves beside its operations, on paper: between GPUs and in memory."""
 
 from dataclasses import dataclass
 
@@ -45,26 +45,42 @@ def count_parameters(config: GptOssConfig, lora: ModelConfig) -> Parameters:
 
 
 def bytes_between_gpus(parameters: Parameters, *, sharded: bool, lora: bool) -> int:
-    """Bytes of all collectives of a step, before the factor (W - 1) / W of W GPUs.
+    """Bytes of all collectives, before the factor (W - 1) / W of W GPUs.
 
+    sharded: those of a microbatch under FSDP2; else those of an optimizer step under DDP.
     Weights are gathered in bf16, gradients reduced in fp32. An all-reduce counts twice, since it is
     a reduce-scatter and an all-gather.
     """
     trainable = parameters.adapter if lora else parameters.model
     if not sharded:
         return 2 * 4 * trainable
-    # Layers and embedding before the forward and again before the backward; the head only once.
-    gathered = 2 * (parameters.layers + parameters.embedding) + parameters.head
-    gathered += 2 * parameters.adapter
-    return 2 * gathered + 4 * trainable
+    return 2 * weights_gathered(parameters) + 4 * trainable
 
 
-def bytes_unpacked(config: GptOssConfig) -> int:
-    """Bytes read and written in a step to unpack all experts from MXFP4.
+def weights_gathered(parameters: Parameters) -> int:
+    """How many weights FSDP2 gathers in a microbatch.
 
-    gate_up is unpacked three times: in the forward, its recomputation and the backward. down is
-    half as large and unpacked twice: the recomputation ends before it. Each weight is read as 17/32
-    of a byte (half a byte, and its share of a scale) and written as two bytes.
+    Layers, embedding and adapter before the forward and again before the backward; the head once.
     """
-    down = config.num_local_experts * config.hidden_size * config.intermediate_size
-    return config.num_hidden_layers * (3 * 2 * down + 2 * down) * (17 + 64) // 32
+    twice = parameters.layers + parameters.embedding + parameters.adapter
+    return 2 * twice + parameters.head
+
+
+def bytes_copied(parameters: Parameters, *, lora: bool) -> int:
+    """Bytes that FSDP2 reads and writes in a GPU's own memory in a microbatch, beside computing.
+
+    What has been gathered is copied from one buffer into the layer's weights, in bf16. The bf16
+    gradients are copied into one fp32 buffer before they are reduced. See foreach_reduce and
+    foreach_all_gather_copy_out of torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py, 2.13.
+    """
+    trainable = parameters.adapter if lora else parameters.model
+    return (2 + 2) * weights_gathered(parameters) + (2 + 4) * trainable
+
+
+def bytes_of_optimizer(parameters: Parameters, *, lora: bool) -> int:
+    """Bytes that clipping and AdamW read and write in a step, over all shards, in fp32.
+
+    The norm reads the gradients and clipping scales them: 4 + 8 bytes a parameter. The fused AdamW
+    reads weight, gradient and two states, and writes all but the gradient: 16 + 12.
+    """
+    return 40 * (parameters.adapter if lora else parameters.model)
