@@ -75,6 +75,8 @@ from finetune.data.dataset import (
     render_all,
     tokenize,
 )
+from finetune.data.sources import parse_sources
+from finetune.data.verdict import count_turns, learnt_in_words, left_out_in_words, what_looks_wrong
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.summary import printable
@@ -107,20 +109,23 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
     show_conversations(console, shown, tokenizer)
     console.print(histogram(tokens.data["num_tokens"].to_numpy()))
     summary = dataset_summary(rows, tokens)
+    max_length, few = None, None
     if task and config:
+        max_length = config.training.max_length
         with redirect_stdout(sys.stderr):
-            kept = tokenize(rows, tokenizer, data_args, max_length=config.training.max_length)
+            kept = tokenize(rows, tokenizer, data_args, max_length=max_length)
         num_left_out = len(tokens) - len(kept)
         unit = "samples" if len(tokens) > len(rows) else "conversations"
-        summary += epoch_summary(
+        num_sequences, of_epoch = epoch_summary(
             kept, config.training, task.num_gpus, num_left_out=num_left_out, unit=unit
         )
+        summary += of_epoch
+        few = few_steps(num_training_steps(num_sequences, config.training, num_gpus=task.num_gpus))
     table = Table(show_header=False)
     for name, value in summary:
         table.add_row(name, Text(value))
     console.print(table)
-    for sentence in not_learnt(tokens, data_args):
-        console.print(sentence)
+    show_verdict(console, args.dataset, rows, tokens, data_args, max_length=max_length, few=few)
 
 
 def task_config(task: TaskFile, data_args: DataArguments) -> Config:
@@ -196,28 +201,38 @@ def dataset_summary(rows: Dataset, tokens: Dataset) -> list[tuple[str, str]]:
     ]
 
 
-def not_learnt(tokens: Dataset, data_args: DataArguments) -> list[str]:
-    """What is not in the loss, and why, in sentences. tokens: what render_all made."""
-    if data_args.train_on == "everything":
-        return []
-    sentences = ["Not learnt: what the server writes, such as prompts and results of tools."]
-    num_messages = tokens.data["num_choices_left_out"].to_numpy().sum()
-    if num_messages:
-        sentences.append(
-            f"Not learnt: whether to think, in {num_messages:,} messages of turns that show no "
-            "thinking. Their channel's name is not in the loss, so that the model does not "
-            "unlearn to think; the rest of them is learnt, the tool's name too. "
-            "--learn_no_thinking true learns it as well."
-        )
-    if not data_args.learn_past_thinking:
-        sentences.append("Not learnt: the thinking of earlier turns (--learn_past_thinking false).")
-    return sentences
+def show_verdict(
+    console: Console,
+    dataset: str,
+    rows: Dataset,
+    tokens: Dataset,
+    data_args: DataArguments,
+    *,
+    max_length: int | None,
+    few: str | None,
+) -> None:
+    """What is learnt, what is left out, and what looks wrong. few: the warning of few steps."""
+    counts = count_turns(rows)
+    is_repeated = any(source.weight > 1 for source in parse_sources(dataset))
+    wrong = what_looks_wrong(
+        rows, tokens, counts, max_length=max_length, is_repeated_on_purpose=is_repeated
+    )
+    if few:
+        wrong.append(f"{few[0].upper()}{few[1:]}.")
+    console.rule("verdict")
+    sentences = learnt_in_words(tokens, counts, data_args)
+    sentences += left_out_in_words(tokens, max_length=max_length, is_cut=data_args.truncate)
+    for sentence in sentences:
+        console.print(sentence, markup=False)
+    console.print("Looks wrong:" if wrong else "Nothing looks wrong.")
+    for sentence in wrong:
+        console.print(f"  - {printable(sentence)}", markup=False)
 
 
 def epoch_summary(
     kept: Dataset, training_args: SFTConfig, num_gpus: int, *, num_left_out: int, unit: str
-) -> list[tuple[str, str]]:
-    """(name, value) of what an epoch of the task comes to.
+) -> tuple[int, list[tuple[str, str]]]:
+    """The sequences of an epoch of the task, and (name, value) of what it comes to.
 
     kept: what it trains on. unit: what its rows are called.
     """
@@ -235,8 +250,7 @@ def epoch_summary(
         ("steps an epoch", f"{math.ceil(len(sequences) / batch):,} of {batch} sequences"),
         ("tokens an epoch", f"{num_tokens:,}"),
     ]
-    warning = few_steps(num_training_steps(len(sequences), training_args, num_gpus=num_gpus))
-    return [*summary, ("warning", warning)] if warning else summary
+    return len(sequences), summary
 
 
 if __name__ == "__main__":

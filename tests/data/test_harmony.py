@@ -69,7 +69,27 @@ def test_tokens_equal_those_of_oss_harmony_as_vllm_calls_it(
     (input_ids,), (labels,) = encoder.encode([pieces_of(conversation)])
     assert vllms.decode_utf8(input_ids) == vllms.decode_utf8(reference(vllms, conversation))
     assert input_ids == reference(vllms, conversation)
-    assert all(label in (-100, number) for number, label in zip(input_ids, labels, strict=True))
+    # At the end of an answer the model must stop, also where its prompt has <|end|>.
+    stops = {encoder.ids["<|end|>"]: encoder.ids["<|return|>"]}
+    assert all(
+        label in (-100, number, stops.get(number))
+        for number, label in zip(input_ids, labels, strict=True)
+    )
+
+
+def test_an_answer_that_later_turns_follow_is_learnt_to_stop_as_the_server_needs_it(
+    encoder: Encoder,
+) -> None:
+    """vLLM stops at <|return|>; its prompts for later turns have <|end|> in that place."""
+    turns = [USER, WITHOUT_THINKING, USER, WITHOUT_THINKING]
+    conversation = to_conversation({"messages": turns})
+    (input_ids,), (labels,) = encoder.encode([pieces_of(conversation)])
+    end, stop = encoder.ids["<|end|>"], encoder.ids["<|return|>"]
+    pairs = list(zip(input_ids, labels, strict=True))
+    assert pairs.count((end, stop)) == pairs.count((stop, stop)) == 1
+    assert (end, end) not in pairs
+    (input_ids,), (earlier,) = encoder.encode([pieces_of(conversation, as_earlier=True)])
+    assert list(zip(input_ids, earlier, strict=True)).count((end, end)) == 1
 
 
 @settings(SLOW, max_examples=200)

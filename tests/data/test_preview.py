@@ -46,6 +46,9 @@ def test_the_preview_shows_conversations_and_a_summary(show: Any) -> None:
     assert shown.count("<|start|>system<|message|>") == 3
     for label in ("in the loss", "left out (--max_length 4,096)", "packed", "of 8 sequences"):
         assert label in shown
+    _, _, verdict = shown.partition(" verdict ")
+    assert "Learnt: the thinking, the calls and the answer of every turn" in verdict
+    assert "Looks wrong:\n" in verdict and "optimizer steps, and fewer than 20" in verdict
 
 
 def test_the_batch_size_of_an_edited_task_file_counts(show: Any, tmp_path: Path) -> None:

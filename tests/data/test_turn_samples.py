@@ -119,7 +119,7 @@ def test_a_sample_is_vllms_prompt_for_its_last_turn_and_that_turn(
 def test_the_samples_hold_what_each_turn_learns_in_its_own_prompt(
     conversation: dict[str, Any],
 ) -> None:
-    """Token for token, but for <|end|> where an answer is not the last of its sample."""
+    """Token for token: at the end of an answer <|return|>, even where its prompt has <|end|>."""
     of_samples = [
         piece
         for sample in split_samples(all_messages(conversation, **RENDERING))
@@ -134,7 +134,7 @@ def test_the_samples_hold_what_each_turn_learns_in_its_own_prompt(
         )
     ]
     learnt_by = [
-        [piece.text.replace("<|return|>", "<|end|>") for piece in pieces if piece.in_loss]
+        [piece.learnt_as or piece.text for piece in pieces if piece.in_loss]
         for pieces in (of_samples, of_turns)
     ]
     assert learnt_by[0] == learnt_by[1]

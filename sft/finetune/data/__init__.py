@@ -19,5 +19,6 @@ values                        null, blank, JSON in text and text as JSON
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
 turn_samples.split_samples    a sample for each turn whose thinking later prompts lack
 harmony_parser.ChannelReader  tokens read back: their channels, and whether a turn is valid
+verdict                       what of a dataset is learnt, and what looks wrong, in words
 tool_schema.tools_section     tools as the TypeScript that gpt-oss reads
 """

@@ -57,6 +57,11 @@ has no analysis of its own, whether it comes directly after the analysis or afte
 turn without any analysis shows neither: after a tool's result the model could think as well.
 
 turn_samples.py makes a sample of each turn whose analysis later prompts lack: all of it is learnt.
+
+A final answer that later turns follow ends with `<|end|>`, as it does in their prompts. There the
+model must write `<|return|>`, or the server would not stop: vLLM stops at `<|return|>` and
+`<|call|>` only. So at that position the input is `<|end|>` and the label `<|return|>`, and a turn
+learns the same tokens wherever it stands. Runs begun before learn `<|end|>` there.
 """
 
 import json
@@ -84,12 +89,14 @@ CONTROL_TOKENS = (START, CHANNEL, CONSTRAIN, MESSAGE, END, CALL, RETURN, END_OF_
 class Piece(NamedTuple):
     """A part of a conversation that is encoded at once: a control token, or a stretch of text.
 
-    In a stretch of text the names of control tokens are ordinary text.
+    In a stretch of text the names of control tokens are ordinary text. learnt_as: the control token
+    that is the label in place of this one.
     """
 
     text: str
     is_control: bool
     in_loss: bool
+    learnt_as: str | None = None
 
 
 @dataclass
@@ -277,12 +284,13 @@ def message_pieces(
         ]
     # oss-harmony writes the recipient behind the commentary channel only, and openai-harmony never.
     recipient_last = message.channel == "commentary" and not as_earlier
-    # The model ends its last answer with <|return|>. In the prompt of a later turn the same answer
-    # ends with <|end|>.
-    if ends_conversation and message.channel == "final":
+    # The model ends its answer with <|return|>. In the prompt of a later turn the same answer ends
+    # with <|end|>.
+    end, learnt_as = CALL if message.is_call else END, None
+    if message.channel == "final" and ends_conversation:
         end = RETURN
-    else:
-        end = CALL if message.is_call else END
+    elif message.channel == "final" and not as_earlier:
+        learnt_as = RETURN
     return [
         Piece(START, True, start_in_loss),
         Piece(message.author, False, start_in_loss),
@@ -290,7 +298,7 @@ def message_pieces(
         *constrain,
         Piece(MESSAGE, True, rest_in_loss),
         Piece(message.content, False, content_in_loss),
-        Piece(end, True, content_in_loss),
+        Piece(end, True, content_in_loss, learnt_as),
     ]
 
 
@@ -343,7 +351,10 @@ class Encoder:
             for piece in pieces:
                 ids = [self.ids[piece.text]] if piece.is_control else ids_of_text[piece.text]
                 input_ids += ids
-                labels += ids if piece.in_loss else [-100] * len(ids)
+                if not piece.in_loss:
+                    labels += [-100] * len(ids)
+                else:
+                    labels += [self.ids[piece.learnt_as]] if piece.learnt_as else ids
             all_ids.append(input_ids)
             all_labels.append(labels)
         return all_ids, all_labels

@@ -76,8 +76,9 @@ class DataArguments:
 class EarlierDataArguments(DataArguments):
     """The flags of a run begun under training rules 1 or 2, which goes on by them.
 
-    A conversation is one sample; the recipient of a call stands before the channel; and in a turn
-    without thinking all of the header is left out of the loss.
+    A conversation is one sample; the recipient of a call stands before the channel; in a turn
+    without thinking all of the header is left out of the loss; and a final answer that later turns
+    follow is learnt with the `<|end|>` that it has there.
     """
 
     learn_past_thinking: bool = False
