@@ -11,23 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.conversations import BadRow, read_row
-from finetune.data.harmony import to_messages, to_pieces
+from helpers.rendered import rendered
 
 FOLDER = Path(__file__).parent / "cases"
-TOOLS = """<|start|>developer<|message|># Tools
-
-## functions
-
-namespace functions {
-
-// Weather now.
-type get_weather = (_: {
-// City
-city: string,
-}) => any;
-
-} // namespace functions<|end|>"""
 CASES = {
     "F03_loss_false_trained.jsonl": [
         "<|start|>user<|message|>Weather in Oslo?<|end|><|start|>assistant<|channel|>final<|message|>WRONG ANSWER<|end|><|start|>user<|message|>No.<|end|><|start|>assistant«<|channel|>final<|message|>RIGHT<|return|>»"
@@ -114,20 +100,7 @@ CASES = {
 }
 
 
-def outcome(line: str) -> str:
-    """What a row becomes, in the words of CASES."""
-    try:
-        conversation, _ = read_row(json.loads(line))
-    except BadRow as error:
-        return f"refused: {'; '.join(error.args)}"
-    messages = to_messages(conversation, date="2026-01-02", reasoning_effort="medium")
-    pieces = to_pieces(messages, learn_no_thinking=True)
-    text = "".join(f"«{piece.text}»" if piece.in_loss else piece.text for piece in pieces)
-    _, _, behind_system = text.replace("»«", "").partition("<|end|>")
-    return behind_system.replace(TOOLS, "TOOLS")
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_row_becomes_what_its_author_means_or_is_refused(name: str) -> None:
     lines = (FOLDER / name).read_text().splitlines()
-    assert [outcome(line) for line in lines] == CASES[name]
+    assert [rendered(json.loads(line)) for line in lines] == CASES[name]

@@ -7,9 +7,10 @@ The rehearsal runs the file's own envs and `run` block. The node's paths are map
 its first checkpoint, as a preemption does, and launches it again, as SkyPilot would. At last it
 loads the artifact and compares it with the base model.
 
-TRAIN_ARGS of the environment replaces that of the file, as `sky launch --env` does. The rehearsal
-adds its own small numbers (REHEARSAL_FLAGS) for the flags that TRAIN_ARGS of the environment does
-not give, and prints them.
+TRAIN_ARGS of the environment replaces that of the file, as `sky launch --env` does. Without
+--dataset the rehearsal adds its own small numbers (REHEARSAL_FLAGS) for the flags that TRAIN_ARGS
+of the environment does not give. With --dataset the lengths, the learning rate and the steps are
+the recipe's, but for steps beyond twelve (own_data.py). It prints what it sets.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from rich.table import Table
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "sft"))
 
-from finetune.errors import one_line_errors
+from finetune.errors import UserError, one_line_errors
 from finetune.task_file import TaskFile
 
 CONVERSATIONS = REPO / "tests/rehearsal/conversations.jsonl"
@@ -87,6 +88,29 @@ def added_flags(given: set[str]) -> str:
     return " ".join(
         f"--{name} {value}" for name, value in REHEARSAL_FLAGS.items() if name not in given
     )
+
+
+def prepare(task: TaskFile, folder: Path, *, dataset: str, is_own: bool) -> tuple[Path, str]:
+    """The tiny model, saved to a folder, and the flags that the rehearsal sets.
+
+    is_own: the dataset is the user's, and so are the lengths, the learning rate and the steps.
+    """
+    from own_data import VOCABULARY, flags_for, load, recipe_steps, texts_of  # torch takes seconds
+    from tiny_gpt_oss import conversation_texts, make_tokenizer, save_tiny_gpt_oss
+
+    given = given_flags()
+    try:
+        rows = load(task, dataset) if is_own else None
+        if rows is not None:
+            tokenizer = make_tokenizer(texts_of(rows), vocab_size=VOCABULARY)
+            base = save_tiny_gpt_oss(folder, [], tokenizer=tokenizer)
+            steps = recipe_steps(task, rows, base, num_processes=NUM_PROCESSES)
+            console.print(f"with this data the recipe takes {steps} steps on {NUM_PROCESSES} GPUs")
+            words = flags_for(steps, given).items()
+            return base, " ".join(f"--{name} {value}" for name, value in words)
+    except UserError:
+        pass  # the run says it, as it would on the node
+    return save_tiny_gpt_oss(folder, conversation_texts(CONVERSATIONS)), added_flags(given)
 
 
 def map_mounts(text: str, mounts: dict[str, Path]) -> str:
@@ -251,19 +275,18 @@ def compare_with_base(artifact: Path, base: Path) -> tuple[float, str]:
     return change, tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :])
 
 
-def rehearse(task_file: Path, *, dataset: str) -> None:
-    """Rehearse a task file. Exits with status 1 if the rehearsal fails."""
-    from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss  # here: torch takes seconds
+def rehearse(task_file: Path, *, dataset: str, is_own: bool) -> None:
+    """Rehearse a task file. Exits with status 1 if the rehearsal fails.
 
+    is_own: the dataset is the user's.
+    """
     started = time.monotonic()
     task = TaskFile.read(task_file)
     run_block = yaml.safe_load(task_file.read_text())["run"]
     work = REPO / ".rehearsal" / task.name
     shutil.rmtree(work, ignore_errors=True)
     run_dir = work / "checkpoints" / task.envs["RUN_NAME"]
-    base = save_tiny_gpt_oss(work / "tiny-gpt-oss", conversation_texts(CONVERSATIONS))
-    given = given_flags()
-    flags = added_flags(given)
+    base, flags = prepare(task, work / "tiny-gpt-oss", dataset=dataset, is_own=is_own)
     envs = node_envs(task, work, dataset=dataset, model=base, flags=flags)
     script = map_mounts(run_block, mounts(work)).replace("29500", str(free_port()))
 
@@ -281,7 +304,8 @@ def rehearse(task_file: Path, *, dataset: str) -> None:
     if not resumed:
         fail(f"the second launch did not resume: see {second.log}")
     # With the user's own learning rate or number of steps the loss of random weights need not fall.
-    if losses[-1] >= losses[0] and not given & {"learning_rate", "max_steps"}:
+    is_free = is_own or bool(given_flags() & {"learning_rate", "max_steps"})
+    if losses[-1] >= losses[0] and not is_free:
         fail(f"the loss did not fall: {losses}")
     rows = {
         "loss": f"{losses[0]:.3f} -> {losses[-1]:.3f}",
@@ -315,7 +339,7 @@ def main() -> None:
         parser.error(f"no task file {args.task}")
     try:
         with one_line_errors():
-            rehearse(args.task, dataset=dataset)
+            rehearse(args.task, dataset=dataset, is_own=args.dataset is not None)
     except KeyboardInterrupt:
         print("interrupted: what was printed so far is in .rehearsal/", file=sys.stderr)
         sys.exit(130)

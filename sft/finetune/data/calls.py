@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from finetune.data.findings import Findings
-from finetune.data.tools import function_of, without_added_nulls
+from finetune.data.tools import check_name, function_of, without_added_nulls
 from finetune.data.values import Row, is_absent, is_unicode, json_text, type_in_words, value_of
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -22,7 +22,8 @@ def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings
     if not isinstance(name, str) or is_absent(name):
         findings.problems.append(f"{where} has no function `name`")
         return {"name": "", "arguments": "{}", "id": None}
-    name = name.removeprefix("functions.")
+    name = name.strip().removeprefix("functions.")
+    check_name(name, where, findings)
     call_id = value_of(call, "id", "call_id")
     if isinstance(call_id, list | dict):
         findings.problems.append(f"{where} has {type_in_words(call_id)} as `id`, not text")
@@ -32,6 +33,8 @@ def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings
     )
     arguments = value_of(function, *ARGUMENTS)
     if isinstance(arguments, dict):
+        # NaN is what pandas writes for null.
+        arguments = {k: None if v != v else v for k, v in arguments.items()}
         arguments = without_added_nulls(arguments, schemas.get(name))
     text = arguments_text(arguments, where, findings)
     if not is_unicode(name + text):
@@ -43,9 +46,13 @@ def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
     """The JSON of a call's arguments. Text that is JSON already stays as it is."""
     if arguments is None:
         return "{}"
-    try:
-        if isinstance(arguments, dict | list):
+    if isinstance(arguments, dict | list):
+        try:
             return json_text(arguments)
+        except ValueError as error:
+            findings.problems.append(f"{where} has `arguments` that {error}")
+            return "{}"
+    try:
         if isinstance(arguments, str):
             value = json.loads(arguments)
             if isinstance(value, dict | list):

@@ -103,6 +103,8 @@ def load_conversations(
     left out and printed instead.
     """
     sources = parse_sources(text)
+    if not sources:
+        raise UserError("the dataset is empty: set DATASET to a file, a folder or a hub name")
     return concatenate_datasets(
         [
             repeat(load_source(source, config, split, skip_bad_rows=skip_bad_rows), source.weight)
@@ -205,8 +207,8 @@ def conversations_of(
             yield {
                 "conversation": json.dumps(conversation, ensure_ascii=False),
                 "shape": shape_of(row),
-                "notes": sorted(set(findings.notes)) + unread,
-                "warnings": [f"{where}: {warning}" for warning in findings.warnings],
+                "notes": [*map(encodable, sorted(set(findings.notes)) + unread)],
+                "warnings": [encodable(f"{where}: {warning}") for warning in findings.warnings],
             }
         except BadRow as error:
             if skip_bad_rows:
@@ -214,16 +216,21 @@ def conversations_of(
                     "conversation": None,
                     "shape": None,
                     "notes": [],
-                    "warnings": [f"{where}: {problem}" for problem in error.args],
+                    "warnings": [encodable(f"{where}: {problem}") for problem in error.args],
                 }
                 continue
             num_problems += len(error.args)
-            problems += [f"{where}: {problem}" for problem in error.args]
+            problems += [encodable(f"{where}: {problem}") for problem in error.args]
             del problems[MAX_PROBLEMS:]
     if num_rows == 0:
         raise UserError(f"dataset {name!r} is empty: it needs at least one conversation")
     if problems:
         raise bad_rows_error(name, problems, num_problems)
+
+
+def encodable(text: str) -> str:
+    """The text, with half a surrogate pair spelt out as in JSON: names of keys may hold one."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def bad_rows_error(name: str, problems: list[str], num_problems: int) -> UserError:

@@ -99,6 +99,11 @@ def csv_rows(stream: io.BufferedReader, *, delimiter: str) -> Iterator[tuple[int
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.DictReader(short_lines(text), delimiter=delimiter, strict=True)
     try:
+        names = [name.strip() for name in reader.fieldnames or []]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise UserError(f"the column {twice!r} appears twice in the first line")
+        reader.fieldnames = names
         for row in reader:
             if None in row or None in row.values():
                 yield reader.line_num, "more or fewer fields than the first line has columns"

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
-from finetune.data.values import is_absent
+from finetune.data.values import is_absent, python_literal
 
 
 class Part(NamedTuple):
@@ -30,8 +30,41 @@ THINKING_TAGS = (
     ("<reasoning>", "</reasoning>"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
     ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<seed:think>", "</seed:think>"),
 )
-SOLUTION_TAGS = ("<|begin_of_solution|>", "<|end_of_solution|>")
+# What the answer may stand in, behind the thinking.
+SOLUTION_TAGS = (
+    ("<|begin_of_solution|>", "<|end_of_solution|>"),
+    ("<answer>", "</answer>"),
+    ("<solution>", "</solution>"),
+)
+# Tokens with which another model opens and ends an answer. They are no part of it.
+OPENINGS = (
+    "<|im_start|>assistant\n",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "<start_of_turn>model\n",
+    "<|assistant|>\n",
+    "<|assistant|>",
+)
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<|return|>",
+    "<|end|>",
+    "</s>",
+)
+# Markup of models that is left in a text: nothing of it is meant to be written by gpt-oss.
+FOREIGN = re.compile(
+    r"<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
+    r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
+    r"|\A ?analysis(?=[\s\S]*assistantfinal)|</s>\s*\Z",
+    re.IGNORECASE,
+)
 CALL_TAGS = (
     ("<tool_call>", "</tool_call>"),
     ("<tool_calls>", "</tool_calls>"),
@@ -52,16 +85,26 @@ TEMPLATES = (
     "### Human:",
     "<|user|>",
     "<|system|>",
+    "### Instruction:",
+    "Below is an instruction that describes a task",
+    "Human: ",
+    "USER: ",
 )
 HARMONY = re.compile(
-    r"(?:<\|start\|>assistant)?(?: ?to=(?P<to>[\w.-]+))?"
+    r"(?:(?:<\|start\|>)?assistant)?(?: ?to=(?P<to>[\w.-]+))?"
     r"<\|channel\|>(?P<channel>analysis|commentary|final)(?: to=(?P<to_too>[\w.-]+))?"
     r"(?: ?<\|constrain\|>\w+| json| code)?"
     r"<\|message\|>(?P<text>.*?)(?:<\|end\|>|<\|return\|>|<\|call\|>|\Z)",
     re.DOTALL,
 )
 # Most answers have none of these, and are looked at no further.
-SIGNS = ("<|", "think", "ought>", "reasoning>", "call>", "calls>", "THINK]", "[TOOL_CALLS]")
+SIGNS = ("<", "[", "◁")
+
+
+def foreign_tag(text: str) -> str | None:
+    """Another model's markup in a text, in the words of a warning; None if there is none."""
+    match = FOREIGN.search(text)
+    return match and match[0].strip()
 
 
 def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
@@ -71,17 +114,30 @@ def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
     if "<|channel|>" in text:
         return read_harmony(text)
     found: list[str] = []
-    thinking, answer = split_thinking(text, found)
+    thinking, answer = split_thinking(without_frame(text, found), found)
     parts = [Part("thinking", thinking)] if not is_absent(thinking) else []
     parts += split_calls(answer, found)
     return (parts, found) if found else None
+
+
+def without_frame(text: str, found: list[str]) -> str:
+    """The text without the tokens with which another model opens and ends its answer."""
+    for opening in OPENINGS:
+        if text.lstrip().startswith(opening):
+            found.append(f"`{opening.strip()}` before an answer left out")
+            text = text.lstrip().removeprefix(opening)
+    end = next((tag for tag in ENDS if text.rstrip().endswith(tag)), None)
+    if end is not None and text.count(end) == 1:
+        found.append(f"`{end}` behind an answer left out")
+        text = text.rstrip().removesuffix(end).rstrip("\n")
+    return text
 
 
 def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
     """Messages of harmony, if there is nothing but them."""
     parts, end = [], 0
     text = text.strip()
-    if not text.startswith(("<|channel|>", "<|start|>assistant", "to=", " to=")):
+    if not text.startswith(("<|channel|>", "<|start|>assistant", "assistant<|", "to=", " to=")):
         raise Unclear("`<|channel|>` inside its text")
     while end < len(text):
         match = HARMONY.match(text, end)
@@ -115,11 +171,17 @@ def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
             raise Unclear(f"`{opening}` and `{closing}` that do not make one pair")
         thinking, _, answer = body.removeprefix(opening).partition(closing)
         found.append(f"`{opening}` read as thinking")
-        answer = answer.strip() if SOLUTION_TAGS[0] in answer else answer.lstrip()
-        return thinking.strip(), answer.removeprefix(SOLUTION_TAGS[0]).removesuffix(
-            SOLUTION_TAGS[1]
-        ).strip("\n")
+        return thinking.strip(), unwrapped(answer)
     return "", text
+
+
+def unwrapped(answer: str) -> str:
+    """The answer behind the thinking, without the tags that hold all of it."""
+    for opening, closing in SOLUTION_TAGS:
+        inner = answer.strip().removeprefix(opening).removesuffix(closing)
+        if f"{opening}{inner}{closing}" == answer.strip() and opening not in inner:
+            return inner.strip("\n")
+    return answer.lstrip().strip("\n")
 
 
 def split_calls(text: str, found: list[str]) -> list[Part]:
@@ -141,9 +203,17 @@ def split_calls(text: str, found: list[str]) -> list[Part]:
 
 def calls_in(block: str, opening: str) -> list[Any]:
     """The calls in a block of JSON. Raises Unclear if it holds anything else."""
+    if match := re.fullmatch(
+        r"(?P<name>[\w.-]+)\[ARGS\](?P<arguments>\{.*\})\s*", block, re.DOTALL
+    ):
+        return [match.groupdict()]  # Mistral's
     try:
         value = json.loads(block)
     except (ValueError, RecursionError):
+        # Hermes has what Python prints for an object.
+        value = python_literal(block.strip())
+        if isinstance(value, dict | list):
+            return checked_calls(value, opening)
         # Glaive writes the arguments between single quotes.
         match = re.fullmatch(
             r'\s*\{"name": "(?P<name>[\w.-]+)", "arguments": \'(?P<arguments>.*)\'\}\s*',
@@ -153,6 +223,11 @@ def calls_in(block: str, opening: str) -> list[Any]:
         if match is None:
             raise Unclear(f"`{opening}` before what is not JSON") from None
         value = match.groupdict()
+    return checked_calls(value, opening)
+
+
+def checked_calls(value: Any, opening: str) -> list[Any]:
+    """The value as a list of calls. Raises Unclear if it holds anything else."""
     calls = value if isinstance(value, list) else [value]
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else {}

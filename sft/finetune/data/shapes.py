@@ -7,11 +7,49 @@ is checked here.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from finetune.data.values import Row, is_absent, parse_json, rows_of_columns, value_of
+from finetune.data.values import (
+    Row,
+    is_absent,
+    is_nothing,
+    json_text,
+    parse_json,
+    rows_of_columns,
+    value_of,
+)
 
 # The names under which datasets keep the analysis: the chat template's, DeepSeek's and vLLM's.
 THINKING_FIELDS = ("thinking", "reasoning_content", "reasoning")
 ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_KEYS = ("role", "from", "speaker", "sender")
+ROLE_NAMES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "observation": "tool",
+    "function": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "ipython": "tool",
+}
+# Two keys of one object that hold a question and its answer.
+PAIRS = (
+    ("user", "assistant"),
+    ("human", "assistant"),
+    ("input", "output"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("query", "response"),
+)
 
 
 class Place(NamedTuple):
@@ -39,12 +77,41 @@ def shape_of(row: Row) -> str | None:
     return next((name for name, shape in SHAPES.items() if shape.columns <= columns), None)
 
 
+def standard_role(role: Any) -> str:
+    """A role in OpenAI's words; what it is called otherwise if nobody knows it."""
+    name = role.strip().lower() if isinstance(role, str) else ""
+    return ROLE_NAMES.get(name, name)
+
+
 def places(messages: Any, column: str, *, in_loss: bool = True) -> list[Place]:
-    """Each message of a column, which may be JSON in a text or a table's object of lists."""
+    """Each message of a column, which may be JSON in a text or a table's object of lists.
+
+    An item may also be an exchange of two messages, and bring a system message along.
+    """
     messages = rows_of_columns(parse_json(messages))
+    if isinstance(messages, dict) and messages.keys() & {*ROLE_KEYS, "author"}:
+        messages = [messages]
     if not isinstance(messages, list):
         return [Place(messages, column, in_loss)]
-    return [Place(item, f"{column}[{n}]", in_loss) for n, item in enumerate(messages)]
+    found = []
+    for number, item in enumerate(messages):
+        where = f"{column}[{number}]"
+        found += [Place(m, where, in_loss) for m in exchange_of(item) or [item]]
+    return found
+
+
+def exchange_of(item: Any) -> list[Row]:
+    """The messages of an object that holds a question and its answer; empty if it is none."""
+    if not isinstance(item, dict) or item.keys() & {*ROLE_KEYS, "author", "type"}:
+        return []
+    pair = next((names for names in PAIRS if item.keys() >= set(names)), None)
+    if pair is None:
+        return []
+    found = [{"role": "user", "content": item[pair[0]]}]
+    if not is_absent(item.get("system")):
+        found.insert(0, {"role": "system", "content": item["system"]})
+    rest = {name: value for name, value in item.items() if name not in (*pair, "system")}
+    return [*found, {"role": "assistant", "content": item[pair[1]], **rest}]
 
 
 def column_of_messages(name: str) -> Callable[[Row], list[Place]]:
@@ -53,37 +120,56 @@ def column_of_messages(name: str) -> Callable[[Row], list[Place]]:
 
 def read_prompt_completion(row: Row) -> list[Place]:
     """Prompt and completion may each be text or messages. The prompt is never in the loss."""
-    prompt, completion = messages_or_text(row["prompt"]), messages_or_text(row["completion"])
-    if not isinstance(prompt, list):
-        prompt = [{"role": "user", "content": prompt}]
-    if not isinstance(completion, list):
-        completion = [answer_message(completion, row)]
-    return places(prompt, "prompt", in_loss=False) + places(completion, "completion")
+    prompt, completion = row["prompt"], row["completion"]
+    if are_messages(prompt):
+        asked = places(prompt, "prompt")
+    else:
+        asked = [Place({"role": "user", "content": column_text(prompt)}, "prompt")]
+    if are_messages(completion, assistant=True):
+        answered = places(completion, "completion")
+    else:
+        answered = [Place(answer_message(completion, row), "completion")]
+    asked = history(row.get("history")) + asked
+    return [place._replace(in_loss=False) for place in asked] + answered
 
 
-def messages_or_text(value: Any) -> Any:
-    """A list of messages if the value is one, also as JSON in a text; else the value as it is.
+def are_messages(value: Any, *, assistant: bool = False) -> bool:
+    """Whether a value is a list of messages, or one message, also as JSON in a text.
 
-    An answer may well be JSON: text stays text unless it is nothing but messages with roles.
+    A prompt or an answer may well be JSON: text stays text unless it is nothing but messages with
+    roles, of which with `assistant` one must be the assistant's.
     """
     parsed = rows_of_columns(parse_json(value))
-    if isinstance(parsed, dict) and isinstance(value, dict) and "role" in parsed:
-        return [parsed]
-    if isinstance(parsed, list) and parsed and all(is_message(item) for item in parsed):
-        return parsed
-    return value
+    if isinstance(parsed, dict):
+        return isinstance(value, dict) and is_message(parsed)
+    if not isinstance(parsed, list) or not parsed or not all(map(is_message, parsed)):
+        return False
+    roles = {standard_role(value_of(item, *ROLE_KEYS)) for item in parsed}
+    return not assistant or "assistant" in roles
 
 
 def is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    role = value.get("role", value.get("from"))
-    return isinstance(role, str) and bool(value.keys() & {"content", "value", "tool_calls"})
+    role = standard_role(value_of(value, *ROLE_KEYS))
+    return role in ROLES and bool(value.keys() & {"content", "value", "tool_calls"})
+
+
+def column_text(value: Any) -> Any:
+    """The text in a column that holds nothing else; what is no text is written as JSON."""
+    if isinstance(value, str) or is_absent(value) or value in ([], {}):
+        return None if value in ([], {}) else value
+    try:
+        return json_text(value)
+    except ValueError:
+        return value  # read_message says what is wrong with it
 
 
 def answer_message(answer: Any, row: Row) -> Row:
     """The assistant's message in a column of its own."""
     thinking = {name: row[name] for name in THINKING_FIELDS if not is_absent(row.get(name))}
+    if isinstance(row.get("reasoning"), dict) and "effort" in row["reasoning"]:
+        del thinking["reasoning"]  # OpenAI's API has the effort there
     return {"role": "assistant", "content": answer, **thinking, "is_column": True}
 
 
@@ -96,10 +182,9 @@ def single_exchange(
     """
 
     def read(row: Row) -> list[Place]:
-        texts = [row[question], row.get(more) if more else None]
+        texts = [column_text(row[question]), column_text(row.get(more)) if more else None]
         given = [text for text in texts if not is_absent(text)]
-        is_joined = len(given) == 2 and all(isinstance(text, str) for text in given)
-        text = "\n\n".join(given) if is_joined else (given or [texts[0]])[0]
+        text = "\n\n".join(given) if all(isinstance(text, str) for text in given) else given[0]
         developer = developer_text(row, instructions) if instructions else None
         found = [Place({"role": "user", "content": text}, question)]
         answered = answer_message(row[answer], row)
@@ -127,7 +212,7 @@ def developer_text(row: Row, column: str) -> Any:
 def history(value: Any) -> list[Place]:
     """Earlier exchanges: pairs of question and answer, or messages."""
     value = parse_json(value)
-    if is_absent(value) or value == []:
+    if is_nothing(value):
         return []
     if not isinstance(value, list) or all(isinstance(item, dict) for item in value):
         return places(value, "history")
@@ -150,7 +235,7 @@ def read_answers(row: Row) -> list[Place]:
 
 def read_dialogue(row: Row) -> list[Place]:
     """UltraChat's `data`: the user's and the assistant's texts in turn."""
-    texts = row["data"]
+    texts = parse_json(row["data"])
     if not isinstance(texts, list):
         return [Place(texts, "data")]
     return [
@@ -160,8 +245,17 @@ def read_dialogue(row: Row) -> list[Place]:
 
 
 # What may stand beside messages of any shape.
-COMMON = {"tools", "functions", "function_call", "tool_choice", "reasoning_effort"}
-COMMON |= {"system", "system_prompt", "systemInstruction", "chat_template_kwargs"}
+TOOL_COLUMNS = ("tools", "functions", "available_tools")
+INSTRUCTION_COLUMNS = (
+    "system",
+    "system_prompt",
+    "system_message",
+    "systemInstruction",
+    "system_instruction",
+    "developer",
+)
+COMMON = {*TOOL_COLUMNS, *INSTRUCTION_COLUMNS, "function_call", "tool_choice"}
+COMMON |= {"reasoning_effort", "chat_template_kwargs"}
 EXCHANGE = {"history", *THINKING_FIELDS}
 # The first match counts, so the richer shapes come first: `messages` may stand beside `text`.
 SHAPES = {
@@ -169,9 +263,7 @@ SHAPES = {
     "ShareGPT conversations": Shape({"conversations"}, set(), column_of_messages("conversations")),
     "conversation": Shape({"conversation"}, set(), column_of_messages("conversation")),
     "Gemini contents": Shape({"contents"}, set(), column_of_messages("contents")),
-    "prompt and completion": Shape(
-        {"prompt", "completion"}, set(THINKING_FIELDS), read_prompt_completion
-    ),
+    "prompt and completion": Shape({"prompt", "completion"}, EXCHANGE, read_prompt_completion),
     "Alpaca instructions": Shape(
         {"instruction", "output"},
         {"input"} | EXCHANGE,
@@ -190,6 +282,12 @@ SHAPES = {
     "query, tools and answers": Shape({"query", "answers"}, set(), read_answers),
     "question and response": Shape(
         {"question", "response"}, EXCHANGE, single_exchange("question", "response")
+    ),
+    "query and response": Shape(
+        {"query", "response"}, EXCHANGE, single_exchange("query", "response")
+    ),
+    "prompt and response": Shape(
+        {"prompt", "response"}, EXCHANGE, single_exchange("prompt", "response")
     ),
     "UltraChat data": Shape({"data"}, set(), read_dialogue),
     "plain text": Shape({"text"}, set(), lambda row: [Place(row["text"], "text")]),

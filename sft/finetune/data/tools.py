@@ -1,12 +1,16 @@
 """The functions that a row offers to the model, from the forms in which datasets keep them."""
 
+import re
 from typing import Any
 
 from finetune.data.findings import Findings
+from finetune.data.shapes import TOOL_COLUMNS
 from finetune.data.values import (
     Row,
     depth_of,
     is_absent,
+    is_hollow,
+    is_nothing,
     is_unicode,
     json_text,
     parse_json,
@@ -17,7 +21,18 @@ from finetune.data.values import (
 
 # A schema nested deeper is no mistake that a user wants rendered, and would exhaust Python's stack.
 MAX_DEPTH = 64
-PARAMETERS = ("parameters", "input_schema", "inputSchema", "parametersJsonSchema")
+PARAMETERS = (
+    "parameters",
+    "input_schema",
+    "inputSchema",
+    "parametersJsonSchema",
+    "parameters_json_schema",
+    "schema",
+    "arguments",
+    "args",
+    "params",
+)
+DECLARATIONS = ("functionDeclarations", "function_declarations")  # Gemini's
 TOOL_KEYS = {"type", "function", "name", "description", "strict", *PARAMETERS}
 # Python's names of types, which some datasets use for JSON schema's.
 PYTHON_TYPES = {
@@ -29,7 +44,10 @@ PYTHON_TYPES = {
     "list": "array",
     "tuple": "array",
     "set": "array",
+    "sequence": "array",
+    "any": "any",
 }
+JSON_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 SCHEMA_KEYS = {"type", "properties", "$ref", "oneOf", "anyOf", "allOf", "enum", "items", "required"}
 
 
@@ -48,13 +66,39 @@ def is_text(value: Any) -> bool:
     return isinstance(value, str) and not is_absent(value)
 
 
+def read_row_tools(row: Row, messages: list[Row], findings: Findings) -> list[Row]:
+    """The functions that a row offers: in a column, or in one of its messages.
+
+    Lists in several places must be equal: nobody can tell which one the model saw.
+    """
+    given = [(name, row.get(name)) for name in TOOL_COLUMNS]
+    for number, message in enumerate(messages):
+        given += [(f"messages[{number}].{n}", message.get(n)) for n in ("tools", "functions")]
+        for part in message["content"] if isinstance(message.get("content"), list) else []:
+            if isinstance(part, dict) and part.get("type") == "developer_content":
+                given.append((f"messages[{number}].content", harmony_tools(part)))
+    given = [(where, value) for where, value in given if not is_nothing(value)]
+    read = [(where, read_tools(value, findings, where=where)) for where, value in given]
+    for where, tools in read[1:]:
+        if tools != read[0][1]:
+            findings.problems.append(f"`{read[0][0]}` and `{where}` offer different functions")
+    return read[0][1] if read else []
+
+
+def harmony_tools(part: Row) -> Any:
+    """The functions in openai-harmony's own developer message."""
+    namespaces = part.get("tools")
+    functions = namespaces.get("functions") if isinstance(namespaces, dict) else None
+    return functions.get("tools") if isinstance(functions, dict) else None
+
+
 def read_tools(value: Any, findings: Findings, *, where: str = "tools") -> list[Row]:
     """Each with `name`, `description` and `parameters`. The value may be JSON in a text."""
-    if is_absent(value):
+    if is_nothing(value):
         return []
     tools = rows_of_columns(parse_json(value))
-    if isinstance(tools, dict) and isinstance(function_of(tools).get("name"), str):
-        tools = [tools]
+    if isinstance(tools, dict):
+        tools = tools_of_object(tools)
     if not isinstance(tools, list):
         what = "text that is not JSON" if isinstance(tools, str) else type_in_words(tools)
         findings.problems.append(f"`{where}` is {what}, not a list of functions")
@@ -62,12 +106,27 @@ def read_tools(value: Any, findings: Findings, *, where: str = "tools") -> list[
     read: list[Row] = []
     for number, tool in enumerate(tools):
         tool = parse_json(tool)
-        declarations = tool.get("functionDeclarations") if isinstance(tool, dict) else None
-        if isinstance(declarations, list):  # Gemini's
-            read += read_tools(declarations, findings, where=f"{where}[{number}]")
+        if tool is None or is_hollow(tool):
+            continue
+        if not isinstance(tool, dict):
+            what = type_in_words(tool)
+            findings.problems.append(f"{where}[{number}] is {what}, not an object with a `name`")
+            continue
+        declared = next((tool[k] for k in DECLARATIONS if isinstance(tool.get(k), list)), None)
+        if declared is not None:
+            read += read_tools(declared, findings, where=f"{where}[{number}]")
         else:
             read.append(read_tool(tool, f"{where}[{number}]", findings))
     return read
+
+
+def tools_of_object(tools: Row) -> Any:
+    """A single function, or functions by their names, as a list. Else the object as it is."""
+    if isinstance(function_of(tools).get("name"), str) or tools.keys() & {*DECLARATIONS}:
+        return [tools]
+    if all(isinstance(tool, dict) for tool in tools.values()) and not tools.keys() & TOOL_KEYS:
+        return [{"name": name, **tool} for name, tool in tools.items()]
+    return tools
 
 
 def read_tool(tool: Any, where: str, findings: Findings) -> Row:
@@ -78,6 +137,7 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         what = f": only functions are rendered, not {kind!r}" if kind != "function" and kind else ""
         findings.problems.append(f"{where} has no `name`{what}")
         return {"name": "", "description": "", "parameters": None}
+    check_name(name, where, findings)
     if not is_absent(description) and not isinstance(description, str):
         findings.problems.append(
             f"{where} has {type_in_words(description)} as `description`, not text"
@@ -86,7 +146,11 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         findings.unread.update(
             f"tools[].{key}" for key in owner.keys() - TOOL_KEYS if owner[key] is not None
         )
-    parameters = parse_json(value_of(function, *PARAMETERS))
+    given = [parse_json(function[key]) for key in PARAMETERS if not is_nothing(function.get(key))]
+    if any(other != given[0] for other in given[1:]):
+        keys = [key for key in PARAMETERS if not is_nothing(function.get(key))]
+        findings.problems.append(f"{where} has different schemas in {' and '.join(keys)}")
+    parameters = given[0] if given else parse_json(value_of(function, *PARAMETERS))
     if parameters is not None and not isinstance(parameters, dict):
         what = type_in_words(parameters)
         findings.problems.append(f"{where} has {what} as `parameters`, not a JSON schema")
@@ -95,10 +159,23 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         findings.problems.append(f"{where} has `parameters` nested deeper than {MAX_DEPTH} levels")
         parameters = None
     description = description if is_text(description) else ""
-    read = {"name": name, "description": description, "parameters": read_schema(parameters)}
-    if not is_unicode(json_text(read)):
-        findings.problems.append(f"{where} has half a surrogate pair: not valid Unicode")
+    read = {
+        "name": name.strip(),
+        "description": description,
+        "parameters": read_schema(parameters),
+    }
+    try:
+        if not is_unicode(json_text(read)):
+            findings.problems.append(f"{where} has half a surrogate pair: not valid Unicode")
+    except ValueError as error:
+        findings.problems.append(f"{where} has `parameters` that {error}")
     return read
+
+
+def check_name(name: str, where: str, findings: Findings) -> None:
+    """Warn of a name with a space in it: servers read the name of a call up to there."""
+    if re.search(r"\s", name.strip()):
+        findings.warnings.append(f"{where} has a space in the name {name!r}: a server reads half")
 
 
 def read_schema(parameters: Row | None) -> Any:
@@ -108,7 +185,7 @@ def read_schema(parameters: Row | None) -> Any:
     """
     if parameters is None:
         return None
-    fields = {key: value for key, value in parameters.items() if value is not None}
+    fields = {k: v for k, v in parameters.items() if v is not None and not is_hollow(v)}
     is_properties = fields and not fields.keys() & SCHEMA_KEYS
     if is_properties and all(isinstance(v, dict) and v.get("type") for v in fields.values()):
         optional = {name for name, v in fields.items() if "optional" in str(v["type"])}
@@ -131,19 +208,34 @@ def clean_schema(schema: Any) -> Any:
         elif value is not None:
             # `properties` may have a property that is called "default" or "type".
             kept[key] = (
-                {name: clean_schema(item) for name, item in value.items() if item is not None}
+                {
+                    name: clean_schema(item)
+                    for name, item in value.items()
+                    if item is not None and not is_hollow(item)
+                }
                 if key == "properties" and isinstance(value, dict)
                 else clean_schema(value)
             )
     if isinstance(kept.get("type"), str):
-        kept["type"] = type_name(kept["type"])
+        named = type_of_name(kept["type"])
+        kept |= {key: value for key, value in named.items() if key == "type" or key not in kept}
     return kept
 
 
-def type_name(name: str) -> str:
-    """JSON schema's name of a type; Python's `str, optional` becomes `string`."""
-    first = name.split(",")[0].strip()
-    return PYTHON_TYPES.get(first, first if "optional" in name else name)
+def type_of_name(name: str) -> Row:
+    """JSON schema's type for a name: Python's `List[int], optional`, Gemini's `STRING`."""
+    bare = re.sub(r",\s*optional.*$", "", name.strip())
+    if match := re.fullmatch(r"(?:typing\.)?Optional\[(.+)\]", bare):
+        return type_of_name(match[1])
+    if match := re.fullmatch(r"(?:typing\.)?(\w+)\[(.+)\]", bare):
+        kind = PYTHON_TYPES.get(match[1].lower())
+        if kind == "array" and "," not in match[2]:
+            return {"type": "array", "items": type_of_name(match[2])}
+        return {"type": kind or name}
+    lower = bare.lower()
+    if bare == lower or bare.isupper() or bare in ("List", "Dict", "Tuple", "Set"):
+        return {"type": PYTHON_TYPES.get(lower, lower if lower in JSON_TYPES else bare)}
+    return {"type": bare}
 
 
 def allows_null(schema: Any) -> bool:

@@ -55,8 +55,11 @@ def read_run(run: list[Row], findings: Findings) -> None:
         where, is_last = turn["where"], number == len(run) - 1
         kind = turn.get("kind")
         if not turn["content"]:
-            if is_last and not turn["tool_calls"]:
-                findings.problems.append(f"{where} has empty `content`")
+            # What is no text has been said already.
+            is_said = any(problem.startswith(where) for problem in findings.problems)
+            if is_last and not turn["tool_calls"] and not is_said:
+                what = "thinking alone, and no answer" if turn["thinking"] else "empty `content`"
+                findings.problems.append(f"{where} has {what}")
         elif number > 0 and any(earlier["tool_calls"] for earlier in run[:number]):
             findings.problems.append(f"{where}: text behind a call that has no result yet")
         elif not turn["tool_calls"]:

@@ -1,12 +1,15 @@
 """What a single value means: absent or not, text, JSON inside text, JSON instead of text."""
 
+import ast
 import json
+import re
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
 Row = dict[str, Any]
+PRINTED_BY_PYTHON = re.compile(r"\s*[\[{]\s*[\[{]*\s*'")
 
 
 def value_of(fields: Mapping[str, Any], *names: str) -> Any:
@@ -25,11 +28,29 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
+def is_hollow(value: Any) -> bool:
+    """Whether a value is an object in which everything is null: exporters write it for none."""
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(item is None or is_hollow(item) for item in value.values())
+    )
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a column that may hold objects holds none, also as `None` or `null` in a text."""
+    return (
+        is_absent(value)
+        or value in ([], {}, "None", "null", "nan", "NaN", "[]", "{}")
+        or is_hollow(value)
+    )
+
+
 def json_text(value: Any) -> str:
     """The one way in which a value is written as JSON. Raises ValueError if it cannot be."""
     try:
-        return json.dumps(value, ensure_ascii=False, default=json_of_arrow_value)
-    except (TypeError, RecursionError) as error:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=json_of_arrow_value)
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot be written as JSON ({error})") from error
 
 
@@ -43,13 +64,26 @@ def json_of_arrow_value(value: Any) -> Any:
 
 
 def parse_json(value: Any) -> Any:
-    """The list or object that a text of JSON holds. Any other value is returned as it is."""
+    """The list or object that a text of JSON holds. Any other value is returned as it is.
+
+    A table that was written as CSV holds what Python prints for them, with single quotes.
+    """
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            return value
+            return python_literal(value)
     return value
+
+
+def python_literal(text: str) -> Any:
+    """The list or object that Python has printed with single quotes, or the text as it is."""
+    if not PRINTED_BY_PYTHON.match(text):
+        return text
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
 
 
 def rows_of_columns(value: Any) -> Any:

@@ -1,0 +1,247 @@
+# ruff: noqa: E501
+"""Rows as public datasets and other programs write them: the text and the mask that they become."""
+
+import json
+from typing import Any
+
+import pytest
+
+from finetune.data.conversations import read_row, to_conversation
+from helpers.rendered import rendered
+
+HI = {"role": "user", "content": "Hi"}
+YES = {"role": "assistant", "content": "Yes."}
+CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
+CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": CALL}]}
+COLD = {"role": "tool", "tool_call_id": "1", "content": "-3"}
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "City"}},
+    "required": ["city"],
+}
+TOOL = {"name": "get_weather", "description": "Weather now.", "parameters": SCHEMA}
+
+ASKED = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+ANSWERED = f"{ASKED}«<|channel|>final<|message|>Yes.<|return|>»"
+THOUGHT = f"{ASKED}«<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>»"
+CALLED = f'{ASKED}«<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{{"city": "Oslo"}}<|call|>»'
+RESULT = "<|start|>functions.get_weather<|channel|>commentary to=assistant<|message|>-3<|end|><|start|>assistant«<|channel|>final<|message|>Yes.<|return|>»"
+UNLEARNT = f"{ASKED}<|channel|>final<|message|>Yes.<|end|><|start|>user<|message|>Hi<|end|><|start|>assistant«<|channel|>final<|message|>Yes.<|return|>»"
+TWICE = f"{ASKED}«<|channel|>final<|message|>Yes.<|end|>»{ANSWERED}"
+
+
+def instructed(text: str) -> str:
+    return f"<|start|>developer<|message|># Instructions\n\n{text}<|end|>"
+
+
+def chat(*messages: object, **columns: object) -> dict[str, Any]:
+    return {"messages": list(messages), **columns}
+
+
+def saying(text: object, **keys: object) -> dict[str, Any]:
+    return chat(HI, {"role": "assistant", "content": text, **keys})
+
+
+def gemini(response: str, declarations: str, call: str) -> dict[str, Any]:
+    schema = {
+        "type": "OBJECT",
+        "properties": {"city": {"type": "STRING", "description": "City"}},
+        "required": ["city"],
+    }
+    return {
+        "contents": [
+            {"parts": [{"text": "Hi"}]},
+            {"role": "model", "parts": [{call: {"name": "get_weather", "args": {"city": "Oslo"}}}]},
+            {"role": "user", "parts": [{response: {"name": "get_weather", "response": -3}}]},
+            {"role": "model", "parts": [{"text": "Yes."}]},
+        ],
+        "tools": [{declarations: [TOOL | {"parameters": schema}]}],
+    }
+
+
+EXPECTED: list[tuple[dict[str, Any], str]] = [
+    # What says whether a message is learnt.
+    *((chat(HI, YES | {key: value}, HI, YES), UNLEARNT) for key, value in [
+        ("loss", False), ("train", 0), ("training", False), ("trainable", "false"), ("loss_mask", 0), ("weight", "0")]),
+    (chat(HI, YES, HI, YES, loss_mask=[0, 0, 0, 1]), UNLEARNT),
+    (chat(HI, YES, weight=0), ANSWERED.replace("«", "").replace("»", "")),
+    (chat(HI, YES, loss=1.37), ANSWERED),
+    (saying("Yes.", weight=0.5), "refused: messages[1] has 0.5 as `weight`, not 0 or 1"),
+    (saying("Yes.", mask=True), "refused: messages[1] has `mask`: say by `weight`, 0 or 1, whether the message is learnt"),
+    (chat(HI, YES, loss_mask=[1]), "refused: `loss_mask` of the row is a list, but not of 2 times 0 or 1: one for each message"),
+    # Shapes.
+    ({"query": "Hi", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL])}, f"TOOLS{CALLED}"),
+    ({"instruction": "Hi", "context": "", "response": "Yes.", "category": "qa"}, ANSWERED),
+    ({"instruction": "Hi", "context": "Here.", "response": "Yes."}, ANSWERED.replace("Hi", "Hi\n\nHere.")),
+    ({"instruction": "Hi", "input": 5, "output": "Yes."}, ANSWERED.replace("Hi", "Hi\n\n5")),
+    ({"instruction": "Hi", "input": {"a": [1]}, "output": "Yes."}, ANSWERED.replace("Hi", 'Hi\n\n{"a": [1]}')),
+    ({"id": "x", "system_prompt": "S", "question": "Hi", "response": "Yes."}, instructed("S") + ANSWERED),
+    ({"id": "0", "data": ["Hi", "Yes.", "Hi", "Yes."]}, TWICE),
+    ({"query": "Hi", "response": "Yes.", "history": [["Hi", "Yes."]], "system": "S"}, instructed("S") + TWICE),
+    ({"prompt": "Hi", "response": "Yes."}, ANSWERED),
+    ({"prompt": "Hi", "completion": "Yes.", "history": [{"user": "Hi", "assistant": "Yes."}]}, UNLEARNT),
+    ({"conversation": [{"system": "S", "input": "Hi", "output": "Yes."}, {"input": "Hi", "output": "Yes."}]}, instructed("S") + TWICE),
+    ({"conversations": [{"from": "Human", "value": "Hi"}, {"from": "bing", "value": "Yes."}]}, ANSWERED),
+    ({"messages": [{"type": "human", "content": "Hi"}, {"type": "ai", "content": "Yes."}]}, ANSWERED),
+    ({"messages": str([HI, YES])}, ANSWERED),
+    ({"messages": "Human: Hi"}, "refused: messages is text that is not JSON, not an object with `role` and `content`"),
+    ({"prompt": "Hi", "completion": None}, "refused: `completion` is null"),
+    ({"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, "refused: it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"),
+    (chat(HI, YES, history=[["a", "b"]]), "refused: `history` beside `messages`: put it into the messages"),
+    (gemini("functionResponse", "functionDeclarations", "functionCall"), f"TOOLS{CALLED}{RESULT}"),
+    (gemini("function_response", "function_declarations", "function_call"), f"TOOLS{CALLED}{RESULT}"),
+    (chat(
+        HI,
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "T", "signature": "s"}, {"type": "tool_use", "id": "1", **{"name": "get_weather", "input": {"city": "Oslo"}}}]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "-3"}]}]},
+        YES,
+        tools=[{"name": "get_weather", "description": "Weather now.", "input_schema": SCHEMA}],
+    ), f"TOOLS{CALLED}{RESULT}".replace("«<|channel|>commentary", "«<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>commentary")),
+    (chat(
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "T"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Yes."}]},
+    ), THOUGHT),
+    (chat(
+        {"author": {"role": "system"}, "content": [{"type": "system_content", "reasoning_effort": "Medium"}]},
+        {"role": "developer", "content": [{"type": "developer_content", "instructions": "S", "tools": {"functions": {"name": "functions", "tools": [TOOL]}}}]},
+        HI,
+        {"role": "assistant", "channel": "analysis", "content": [{"type": "text", "text": "T"}]},
+        {"role": "assistant", "channel": "Final", "content": [{"type": "text", "text": "Yes."}]},
+    ), instructed("S\n\n# Tools" + "TOOLS") + THOUGHT),
+    # Other formats' markup.
+    *((saying(text), THOUGHT) for text in [
+        "<think>\nT\n</think>\n\nYes.", "T</think>Yes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
+        "<|begin_of_thought|>T<|end_of_thought|>\n\n<|begin_of_solution|>Yes.<|end_of_solution|>", "<think>T</think><answer>Yes.</answer>",
+        "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
+        "<|im_start|>assistant\n<think>T</think>Yes.<|im_end|>"]),
+    *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>"]),
+    *((saying(text), CALLED) for text in [
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
+        "<tool_call>\n{'name': 'get_weather', 'arguments': {'city': 'Oslo'}}\n</tool_call>",
+        '<functioncall> {"name": "get_weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>',
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}']),
+    (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
+    (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
+    (saying("Yes.", thinking="T", reasoning="U"), "refused: messages[1] has two different thoughts beside its `content`"),
+    # Text that happens to be JSON, and values where text is meant.
+    ({"prompt": "Hi", "completion": '[{"role": "user", "content": "Q"}]'}, ANSWERED.replace("Yes.", '[{"role": "user", "content": "Q"}]')),
+    ({"prompt": "Hi", "completion": ["a", 1]}, ANSWERED.replace("Yes.", '["a", 1]')),
+    ({"instruction": "Hi", "output": False}, ANSWERED.replace("Yes.", "false")),
+    (chat(HI, CALLING, COLD | {"content": []}, YES, tools=[TOOL]), f"TOOLS{CALLED}{RESULT}".replace("-3", "[]")),
+    (chat(HI, {"role": "assistant", "tool_calls": {"id": "1", "function": CALL}}, tools=str([TOOL])), f"TOOLS{CALLED}"),
+    # Nulls, and blank text.
+    (chat(HI, YES | {"function_call": {"name": None, "arguments": None}, "tool_calls": [None]}, tools="None", system="null"), ANSWERED),
+    (chat(HI, CALLING, COLD, YES, tools=[None, {"function": {**TOOL, "parameters": {**SCHEMA, "properties": {**SCHEMA["properties"], "zip": {"type": None}}}}}]), f"TOOLS{CALLED}{RESULT}"),  # type: ignore[dict-item]
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo", "zip": float("nan")}}]}, tools=[TOOL]), f"TOOLS{CALLED}"),
+    # Tools: where they stand, and their schemas.
+    (chat({"role": "system", "content": "", "tools": [TOOL]}, HI, CALLING), f"TOOLS{CALLED}"),
+    (chat(HI, CALLING, tools={"get_weather": {"description": "Weather now.", "arguments": SCHEMA}}), f"TOOLS{CALLED}"),
+    (chat(HI, YES, tools=[TOOL], functions=[{"name": "add"}]), "refused: `tools` and `functions` offer different functions"),
+    (chat(HI, YES, tools=[TOOL | {"input_schema": {"type": "object"}}]), "refused: tools[0] has different schemas in parameters and input_schema"),
+    (chat(HI, YES, tools=["weather"]), "refused: tools[0] is text, not an object with a `name`"),
+    # The effort.
+    (chat(HI, YES, reasoning_effort="low", chat_template_kwargs={"reasoning_effort": "high"}), "refused: two different reasoning efforts: high and low"),
+    (chat(HI, YES, reasoning_effort="minimal"), "refused: `reasoning_effort` is 'minimal', not one of low, medium, high"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "expected"), EXPECTED)
+def test_a_row_becomes_what_its_author_means_or_is_refused(
+    row: dict[str, Any], expected: str
+) -> None:
+    text = rendered(row)
+    if "TOOLS<|end|>" in expected:  # tools behind instructions
+        expected = expected.replace("# ToolsTOOLS", "# Tools")
+        text = text.replace(text[text.index("# Tools") + 7 : text.index("<|end|>")], "")
+    assert text == expected
+
+
+@pytest.mark.parametrize(
+    ("columns", "effort"),
+    [
+        ({"reasoning_effort": " High "}, "high"),
+        ({"chat_template_kwargs": {"reasoning_effort": "low"}}, "low"),
+        ({"chat_template_kwargs": '{"reasoning_effort": "low"}'}, "low"),
+        ({"reasoning": {"effort": "low"}}, "low"),
+        ({"reasoning_effort": ""}, None),
+    ],
+)
+def test_the_effort_of_a_row_is_read_wherever_it_stands(
+    columns: dict[str, Any], effort: str | None
+) -> None:
+    assert to_conversation(chat(HI, YES, **columns))["reasoning_effort"] == effort
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("int, optional", {"type": "integer"}),
+        ("List[int]", {"type": "array", "items": {"type": "integer"}}),
+        ("Dict[str, int], optional", {"type": "object"}),
+        ("Optional[str]", {"type": "string"}),
+        ("STRING", {"type": "string"}),
+        ("Callable", {"type": "Callable"}),
+    ],
+)
+def test_pythons_and_googles_names_of_types_are_json_schemas(
+    name: str, schema: dict[str, Any]
+) -> None:
+    tool = {"name": "f", "parameters": {"x": {"type": name}}}
+    read = to_conversation(chat(HI, YES, tools=[tool]))["tools"][0]["parameters"]
+    assert read["properties"]["x"] == schema
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        (saying("<Think>T</Think>Yes."), "messages[1] has `<Think>` in its text"),
+        (saying("analysisT assistantfinalYes."), "messages[1] has `analysis` in its text"),
+        (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
+        (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
+        ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),
+        ({"text": "a <|eot_id|> b"}, "`text` has `<|eot_id|>` in it"),
+        (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get it", "arguments": {}}]}), "has a space in the name 'get it'"),
+    ],
+)  # fmt: skip
+def test_markup_that_stays_is_warned_of(row: dict[str, Any], words: str) -> None:
+    _, findings = read_row(row)
+    assert len(findings.warnings) == 1 and words in findings.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "note"),
+    [
+        (chat(HI, CALLING), "calls of functions that `tools` does not offer"),
+        (chat(HI, YES, system="A", system_prompt="B"), "column `system_prompt` not used, since there is `system`"),
+        (chat({"role": "system", "content": "A"}, HI, YES, system="B"), "column `system` not used, since the messages have their own"),
+        (chat(HI, YES, train=False), "`train` of the row leaves messages out of the loss"),
+        (chat(HI, YES, HI), "messages behind the last answer cut off (user)"),
+    ],
+)  # fmt: skip
+def test_what_is_read_otherwise_than_it_stands_is_noted(row: dict[str, Any], note: str) -> None:
+    _, findings = read_row(row)
+    assert findings.notes == [note]
+
+
+def test_results_whose_calls_repeat_an_id_are_paired_by_name_and_then_by_order() -> None:
+    calls = [{"id": "x", "function": {"name": name, "arguments": "{}"}} for name in ("a", "b", "a")]
+    results = [
+        {"role": "tool", "tool_call_id": "x", "name": "b", "content": "1"},
+        {"role": "tool", "tool_call_id": "x", "content": "2"},
+        {"role": "tool", "tool_call_id": "x", "content": "3"},
+    ]
+    turns = to_conversation(chat(HI, {"role": "assistant", "tool_calls": calls}, *results, YES))
+    assert [m["name"] for m in turns["messages"] if m["role"] == "tool"] == ["b", "a", "a"]
+
+
+def test_several_results_in_one_message_are_as_many_results() -> None:
+    calls = '<tool_call>{"name": "a", "arguments": {}}</tool_call><tool_call>{"name": "b", "arguments": {}}</tool_call>'
+    results = "<tool_response>\n1\n</tool_response>\n<tool_response>\n2\n</tool_response>"
+    for role in ("tool", "user"):
+        row = chat(
+            HI, {"role": "assistant", "content": calls}, {"role": role, "content": results}, YES
+        )
+        found = [m for m in to_conversation(row)["messages"] if m["role"] == "tool"]
+        assert [(m["name"], m["content"]) for m in found] == [("a", "1"), ("b", "2")]
