@@ -1,5 +1,6 @@
 """Hypothesis strategies for conversations and for tools, malformed schemas included."""
 
+import json
 from typing import Any
 
 from hypothesis import HealthCheck, settings
@@ -106,3 +107,59 @@ def conversations(draw: st.DrawFn, max_turns: int = 4) -> dict[str, Any]:
             messages.append({"role": "assistant", **answer, "tool_calls": []})
     effort = draw(st.sampled_from([None, "low", "medium", "high"]))
     return {"messages": messages, "tools": draw(tool_lists), "reasoning_effort": effort}
+
+
+plain_words = st.sampled_from(
+    ["Hello", "world", "2+2=4", "naïve café", "日本語", "🙂", "{", "'ll", "a\n\nb"]
+)
+plain_texts = st.lists(plain_words, min_size=1, max_size=4).map(" ".join)
+# What every shape can hold: no nulls, which exporters add, and no lists of names alone.
+plain_arguments = st.dictionaries(
+    st.sampled_from(["city", "n"]), st.integers() | plain_texts | st.lists(plain_texts), max_size=2
+)
+plain_tools = st.lists(
+    st.fixed_dictionaries(
+        {
+            "name": names,
+            "description": plain_texts,
+            "parameters": st.just(
+                {
+                    "type": "object",
+                    "properties": {"city": {"type": "string", "description": "City"}},
+                }
+            ),
+        }
+    ),
+    max_size=2,
+)
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+@st.composite
+def plain_conversations(draw: st.DrawFn) -> dict[str, Any]:
+    """Conversations without markup or blank text, which every shape that has room can hold.
+
+    Each is in the shape that finetune.data.conversations makes of every row.
+    """
+    messages: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(plain_texts)})
+    has_calls, thinking = draw(st.booleans()), st.none() | plain_texts
+    calls = st.fixed_dictionaries({"name": names, "arguments": plain_arguments.map(json_text)})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(plain_texts)})
+        for _ in range(draw(st.integers(0, 2)) if has_calls else 0):
+            turn: dict[str, Any] = {"role": "assistant", "content": draw(st.none() | plain_texts)}
+            turn |= {"thinking": draw(thinking)}
+            turn["tool_calls"] = draw(st.lists(calls, min_size=1, max_size=2))
+            messages.append(turn)
+            for call in turn["tool_calls"]:
+                result = draw(plain_texts)
+                messages.append({"role": "tool", "name": call["name"], "content": result})
+        answer: dict[str, Any] = {"content": draw(plain_texts), "thinking": draw(thinking)}
+        messages.append({"role": "assistant", **answer, "tool_calls": []})
+    effort = draw(st.sampled_from([None, "low", "medium", "high"]))
+    return {"messages": messages, "tools": draw(plain_tools), "reasoning_effort": effort}

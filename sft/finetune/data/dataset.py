@@ -298,9 +298,10 @@ def render_batch(
     samples = [pieces for of_row in of_rows for pieces in of_row]
     input_ids, labels = encoder.encode(samples)
     labels = [row[:cut_at] for row in labels]
+    # As arrays: `datasets` looks at each number of a list, which took a tenth of the time.
     return {
-        "input_ids": [row[:cut_at] for row in input_ids],
-        "labels": labels,
+        "input_ids": [np.array(row[:cut_at], np.int64) for row in input_ids],
+        "labels": [np.array(row, np.int64) for row in labels],
         "num_tokens": [len(row) for row in input_ids],
         "num_loss_tokens": [len(row) - row.count(-100) for row in labels],
         "num_choices_left_out": [choices_left_out(pieces) for pieces in samples],
