@@ -12,8 +12,10 @@ json_rows, arrow_types        the rows of JSON, and of Parquet and Arrow by thei
 compression                   packed files, a piece at a time
 conversations.read_row        a row of any known shape turned into one shape, and checked
 shapes                        which columns make which shape, and the messages in them
-messages, markup              a message of any known form; thinking and calls spelt out in text
-tools, calls                  functions, their calls, and which call a result answers
+messages, content             a message of any known form, and its text or parts
+assistant, markup             what the assistant writes; thinking and calls spelt out in text
+tools, calls, results         functions, their calls, and which call a result answers
+loss_keys                     the keys that say whether a message is trained on
 turns                         who speaks after whom
 values                        null, blank, JSON in text and text as JSON
 harmony.to_messages, Encoder  that shape as harmony's messages, pieces and tokens
