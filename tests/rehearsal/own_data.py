@@ -41,8 +41,8 @@ def all_texts(rows: Dataset) -> Iterator[str]:
             yield from (call["arguments"] for call in message.get("tool_calls") or [])
 
 
-def recipe_steps(task: TaskFile, rows: Dataset, model: Path, *, num_processes: int) -> int:
-    """The optimizer steps that the recipe would take with this data on so many GPUs.
+def recipe_steps(task: TaskFile, rows: Dataset, model: Path) -> int:
+    """The optimizer steps that the recipe takes with this data. Its global batch is kept.
 
     Raises UserError if nothing is left to train on.
     """
@@ -54,7 +54,7 @@ def recipe_steps(task: TaskFile, rows: Dataset, model: Path, *, num_processes: i
     kept = tokenize(rows, load_tokenizer(str(model)), data, max_length=max_length)
     if config.training.packing and max_length:
         kept = pack_dataset(kept, max_length, config.training.packing_strategy)
-    return num_training_steps(len(kept), config.training, num_gpus=num_processes)
+    return num_training_steps(len(kept), config.training, num_gpus=task.num_gpus)
 
 
 def flags_for(steps: int, given: set[str]) -> dict[str, str]:

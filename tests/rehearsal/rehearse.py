@@ -104,8 +104,8 @@ def prepare(task: TaskFile, folder: Path, *, dataset: str, is_own: bool) -> tupl
         if rows is not None:
             tokenizer = make_tokenizer(texts_of(rows), vocab_size=VOCABULARY)
             base = save_tiny_gpt_oss(folder, [], tokenizer=tokenizer)
-            steps = recipe_steps(task, rows, base, num_processes=NUM_PROCESSES)
-            console.print(f"with this data the recipe takes {steps} steps on {NUM_PROCESSES} GPUs")
+            steps = recipe_steps(task, rows, base)
+            console.print(f"with this data the recipe takes {steps} steps")
             words = flags_for(steps, given).items()
             return base, " ".join(f"--{name} {value}" for name, value in words)
     except UserError:

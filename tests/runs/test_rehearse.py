@@ -9,6 +9,7 @@ import pytest
 
 from helpers.cards import run_python_of_card
 from helpers.paths import REPO, TASK_FILES
+from own_data import flags_for
 from rehearse import added_flags, given_flags, map_mounts
 
 
@@ -71,6 +72,23 @@ def test_the_rehearsal_sets_what_the_user_does_not(
 ) -> None:
     monkeypatch.setenv("TRAIN_ARGS", train_args)
     assert added_flags(given_flags()) == added
+
+
+@pytest.mark.parametrize(
+    ("steps", "given", "flags"),
+    [
+        (1, set(), {"max_steps": "2", "save_steps": "1"}),
+        (3, set(), {"save_steps": "1"}),
+        (12, set(), {"save_steps": "4"}),
+        (375, set(), {"max_steps": "12", "save_steps": "4"}),
+        (375, {"max_steps", "save_steps"}, {}),
+    ],
+)
+def test_with_the_users_data_the_steps_are_the_recipes_up_to_twelve(
+    steps: int, given: set[str], flags: dict[str, str]
+) -> None:
+    """The lengths and the learning rate stay those of the recipe: no flag is set for them."""
+    assert flags_for(steps, given) == {"use_cpu": "true", **flags}
 
 
 def test_bad_data_is_named(tmp_path: Path) -> None:
