@@ -187,6 +187,16 @@ def test_weights_repeat_rows_and_choose_a_share_of_them(tmp_path: Path) -> None:
     assert rows["conversation"] == load_conversations(f"{a}*2.5,{b}*0.3")["conversation"]
 
 
+def test_a_key_that_is_no_unicode_is_named_and_no_dataset_at_all_is_an_error(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "my.jsonl"
+    file.write_text(json.dumps({**ROW, "\ud83d": 1}) + "\n")
+    assert load_conversations(str(file))[0]["notes"] == ["key `\\ud83d` not read"]
+    with pytest.raises(UserError, match="the dataset is empty: set DATASET"):
+        load_conversations(" ,")
+
+
 def test_a_share_is_held_out_for_evaluation(
     tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerBase
 ) -> None:

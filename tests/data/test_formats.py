@@ -210,6 +210,15 @@ def test_an_encrypted_archive_is_named(tmp_path: Path) -> None:
         rows_of(str(tmp_path / "a.zip"))
 
 
+def test_names_of_csvs_columns_are_read_without_spaces_and_may_not_repeat(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    file.write_text("prompt, completion\n2+2?,4\n")
+    assert rows_of(str(file)) == [ROW]
+    file.write_text("prompt,prompt,completion\n1,2+2?,4\n")
+    with pytest.raises(UserError, match="the column 'prompt' appears twice"):
+        rows_of(str(file))
+
+
 def test_bad_lines_of_csv_are_described(tmp_path: Path) -> None:
     file = tmp_path / "rows.csv"
     file.write_bytes(b"prompt,completion\n2+2?,4\n2+2?\n2+2?,4,5\n\xff,4\n")
