@@ -74,6 +74,8 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     ({"instruction": "Hi", "context": "", "response": "Yes.", "category": "qa"}, ANSWERED),
     ({"instruction": "Hi", "context": "Here.", "response": "Yes."}, ANSWERED.replace("Hi", "Hi\n\nHere.")),
     ({"instruction": "Hi", "input": 5, "output": "Yes."}, ANSWERED.replace("Hi", "Hi\n\n5")),
+    ({"instruction": "Hi", "input": float("nan"), "output": "Yes."}, ANSWERED),
+    ({"instruction": "", "input": "Hi", "output": "Yes."}, ANSWERED),
     ({"instruction": "Hi", "input": {"a": [1]}, "output": "Yes."}, ANSWERED.replace("Hi", 'Hi\n\n{"a": [1]}')),
     ({"id": "x", "system_prompt": "S", "question": "Hi", "response": "Yes."}, instructed("S") + ANSWERED),
     ({"id": "0", "data": ["Hi", "Yes.", "Hi", "Yes."]}, TWICE),
@@ -128,7 +130,7 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     # Text that happens to be JSON, and values where text is meant.
     ({"prompt": "Hi", "completion": '[{"role": "user", "content": "Q"}]'}, ANSWERED.replace("Yes.", '[{"role": "user", "content": "Q"}]')),
     ({"prompt": "Hi", "completion": ["a", 1]}, ANSWERED.replace("Yes.", '["a", 1]')),
-    ({"instruction": "Hi", "output": False}, ANSWERED.replace("Yes.", "false")),
+    ({"instruction": "Hi", "output": False}, "refused: output has true or false as `content`, not text"),
     (chat(HI, CALLING, COLD | {"content": []}, YES, tools=[TOOL]), f"TOOLS{CALLED}{RESULT}".replace("-3", "[]")),
     (chat(HI, {"role": "assistant", "tool_calls": {"id": "1", "function": CALL}}, tools=str([TOOL])), f"TOOLS{CALLED}"),
     # Nulls, and blank text.

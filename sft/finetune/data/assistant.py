@@ -125,7 +125,7 @@ def content_parts(message: Row, content: Any, where: str, findings: Findings) ->
     if text is None:
         # A column of its own holds the answer, whatever it is: text, a number, an object.
         is_typed = any(isinstance(part, dict) and part.get("type") for part in as_list(content))
-        if message.get("is_column") and not is_typed:
+        if message.get("is_column") and not (is_typed or isinstance(content, bool)):
             return json_part(content, where, findings)
         findings.problems.append(f"{where} has {content_in_words(content)} as `content`, not text")
         return []

@@ -124,7 +124,7 @@ def read_prompt_completion(row: Row) -> list[Place]:
     if are_messages(prompt):
         asked = places(prompt, "prompt")
     else:
-        asked = [Place({"role": "user", "content": column_text(prompt)}, "prompt")]
+        asked = [Place({"role": "user", "content": prompt}, "prompt")]
     if are_messages(completion, assistant=True):
         answered = places(completion, "completion")
     else:
@@ -155,10 +155,10 @@ def is_message(value: Any) -> bool:
     return role in ROLES and bool(value.keys() & {"content", "value", "tool_calls"})
 
 
-def column_text(value: Any) -> Any:
-    """The text in a column that holds nothing else; what is no text is written as JSON."""
-    if isinstance(value, str) or is_absent(value) or value in ([], {}):
-        return None if value in ([], {}) else value
+def json_of_value(value: Any) -> Any:
+    """A value as JSON, where something stands beside the question that is no text."""
+    if isinstance(value, str) or is_nothing(value):
+        return value
     try:
         return json_text(value)
     except ValueError:
@@ -182,9 +182,13 @@ def single_exchange(
     """
 
     def read(row: Row) -> list[Place]:
-        texts = [column_text(row[question]), column_text(row.get(more)) if more else None]
-        given = [text for text in texts if not is_absent(text)]
-        text = "\n\n".join(given) if all(isinstance(text, str) for text in given) else given[0]
+        asked, rest = row[question], json_of_value(row.get(more)) if more else None
+        if is_nothing(rest):
+            text = asked
+        elif is_absent(asked):
+            text = rest
+        else:
+            text = f"{asked}\n\n{rest}" if isinstance(asked, str) else asked
         developer = developer_text(row, instructions) if instructions else None
         found = [Place({"role": "user", "content": text}, question)]
         answered = answer_message(row[answer], row)
