@@ -52,8 +52,7 @@ def test_the_preview_shows_conversations_and_a_summary(show: Any) -> None:
 
 
 def test_the_batch_size_of_an_edited_task_file_counts(show: Any, tmp_path: Path) -> None:
-    before = "--per_device_train_batch_size 1"
-    task = task_with(tmp_path, before, "--per_device_train_batch_size 4")
+    task = task_with(tmp_path, 'GLOBAL_BATCH_SIZE: "8"', 'GLOBAL_BATCH_SIZE: "32"')
     assert "of 32 sequences" in show(CONVERSATIONS, task=task)
 
 
