@@ -1,6 +1,7 @@
 # make rehearse [TASK=gpt-oss-20b-sft.yaml] [DATASET=my.jsonl] [TRAIN_ARGS="--max_length 2048"]
 #                                                                 a recipe, run to its end on this machine
 # make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and the size of an epoch
+# make quote DATASET=my.jsonl [TASK=...] [QUOTE_ARGS="--clouds aws gcp"]  hours, dollars and the launch line of a run
 # make test-fast                                                  lint, types and the tests that take seconds
 # make test                                                       lint, types and all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
@@ -34,13 +35,16 @@ REFERENCE := gpt-oss==0.0.9
 # The renderer that vLLM 0.33.0 depends on. Its module has the name of openai-harmony's, so it has a folder of its own.
 RENDERER := oss-harmony==0.0.11
 
-.PHONY: rehearse preview check test-fast test test-sky imports sky lock clean
+.PHONY: rehearse preview quote check test-fast test test-sky imports sky lock clean
 
 rehearse: $(TRAIN)/.installed
 	$(PYTHON) tests/rehearsal/rehearse.py $(TASK) $(if $(DATASET),--dataset $(DATASET))
 
 preview: $(TRAIN)/.installed
 	$(PYTHON) sft/preview.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --task $(TASK) --num_examples $(N)
+
+quote: $(TRAIN)/.installed $(SKY)/.installed
+	$(PYTHON) sft/quote.py --dataset $(or $(DATASET),$(error which data? DATASET=my.jsonl)) --tokenizer $(TOKENIZER) --sky $(SKY)/bin/python $(QUOTE_ARGS) -- $(TASK)
 
 check: $(TRAIN)/.installed
 	$(PYTHON) -m ruff check .

@@ -10,7 +10,7 @@ of the file changes what they say, wherever in the file it is made.
 import os
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ FLAGS_BLOCK = re.compile(r"^flags=\(\n.*?^\)$", re.MULTILINE | re.DOTALL)
 class TaskFile:
     """One of this repository's task files.
 
-    accelerator: the GPU's name in SkyPilot, for example H100. envs: the file's, null as "".
-    flags: what train.py is called with. accelerate_config: the file that lays out the processes.
+    accelerator: the GPU's name in SkyPilot, for example H100. choices: all that the file lists, in
+    its order, for example H100:8; the first of them is accelerator and gpus_per_node. envs: the
+    file's, null as "". flags: what train.py is called with. accelerate_config: the file that lays
+    out the processes.
     """
 
     name: str
     accelerator: str
     gpus_per_node: int
+    choices: list[str]
     num_nodes: int
     envs: dict[str, str]
     flags: list[str]
@@ -46,6 +49,11 @@ class TaskFile:
         """Whether the weights are shared out over the GPUs, instead of kept whole by each."""
         return self.accelerate_config["distributed_type"] in ("FSDP", "DEEPSPEED")
 
+    def on(self, choice: str) -> "TaskFile":
+        """The same task on other GPUs, for example H100:1, as with `sky launch --gpus`."""
+        accelerator, gpus_per_node = split_accelerator(choice)
+        return replace(self, accelerator=accelerator, gpus_per_node=gpus_per_node)
+
     @classmethod
     def read(cls, path: Path) -> "TaskFile":
         """TRAIN_ARGS of the environment stands in for that of the file, as in `make rehearse`.
@@ -56,11 +64,13 @@ class TaskFile:
             task = yaml.safe_load(path.read_text())
             envs = {name: str(value or "") for name, value in task["envs"].items()}
             envs["TRAIN_ARGS"] = os.environ.get("TRAIN_ARGS", envs["TRAIN_ARGS"])
-            accelerator, _, count = first_accelerator(task["resources"]["accelerators"])
+            choices = accelerator_choices(task["resources"]["accelerators"])
+            accelerator, gpus_per_node = split_accelerator(choices[0])
             return cls(
                 name=task["name"],
                 accelerator=accelerator,
-                gpus_per_node=int(count or 1),
+                gpus_per_node=gpus_per_node,
+                choices=choices,
                 num_nodes=int(task.get("num_nodes", 1)),
                 envs=envs,
                 flags=expand_flags(task["run"], envs),
@@ -75,13 +85,19 @@ class TaskFile:
             ) from error
 
 
-def first_accelerator(accelerators: Any) -> tuple[str, str, str]:
-    """("H100", ":", "8") of the first choice in any of SkyPilot's spellings."""
+def accelerator_choices(accelerators: Any) -> list[str]:
+    """["H100:8", ...] of any of SkyPilot's spellings."""
     if isinstance(accelerators, dict):
-        name, count = next(iter(accelerators.items()))
-        return name, ":", str(count)
-    first = accelerators[0] if isinstance(accelerators, list) else accelerators
-    return first.partition(":")
+        return [
+            name if count is None else f"{name}:{count}" for name, count in accelerators.items()
+        ]
+    return list(accelerators) if isinstance(accelerators, list) else [accelerators]
+
+
+def split_accelerator(choice: str) -> tuple[str, int]:
+    """("H100", 8) of "H100:8". Raises ValueError if there is no number behind the colon."""
+    name, _, count = choice.partition(":")
+    return name, int(count or 1)
 
 
 def expand_flags(run: str, envs: dict[str, str]) -> list[str]:

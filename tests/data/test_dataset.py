@@ -151,7 +151,7 @@ def test_an_error_lists_the_first_20_problems_by_line(tmp_path: Path) -> None:
 
 def test_a_dataset_that_was_corrected_is_read_again(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "my.jsonl", {"messages": []})
-    with pytest.raises(UserError, match=r"my\.jsonl:1: the messages are not a list"):
+    with pytest.raises(UserError, match=r"my\.jsonl:1: there are no messages in `messages`"):
         load_conversations(str(file))
     write_rows(file, ROW, ROW)
     assert len(load_conversations(str(file))) == 2
@@ -277,6 +277,6 @@ def test_bad_rows_are_left_out_and_named_with_skip_bad_rows(
         rows = load_conversations(str(file), skip_bad_rows=True)
         assert len(rows) == 2 and None not in rows["conversation"]
         printed = capsys.readouterr().out
-        assert "1 bad rows left out" in printed and f"{file}:2: the messages are not" in printed
-    with pytest.raises(UserError, match="not a list of objects"):
+        assert "1 bad rows left out" in printed and f"{file}:2: messages is the number 7" in printed
+    with pytest.raises(UserError, match="messages is the number 7, not an object"):
         load_conversations(str(file))

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,13 +38,18 @@ CASES = [(recipe, cloud) for recipe, clouds in EXPECTED.items() for cloud in clo
 
 
 @pytest.fixture(scope="module")
-def choices(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, str]]:
-    """What choices.py prints, by recipe and cloud."""
+def envs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """With a HOME in which SkyPilot finds the small catalogs."""
     home = tmp_path_factory.mktemp("home")
     shutil.copytree(SKY_TESTS / "catalogs", home / ".sky/catalogs/v8")
+    return os.environ | {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+
+
+@pytest.fixture(scope="module")
+def choices(envs: dict[str, str]) -> dict[tuple[str, str], dict[str, Any]]:
+    """What choices.py prints, by recipe and cloud."""
     clouds = list(EXPECTED["gpt-oss-20b-lora"])
     command = [sys.executable, SKY_TESTS / "choices.py", *clouds]
-    envs = os.environ | {"HOME": str(home), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
     result = subprocess.run(command, env=envs, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
@@ -52,10 +58,29 @@ def choices(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], d
 
 @pytest.mark.parametrize(("recipe", "cloud"), CASES)
 def test_each_recipe_finds_its_machine(
-    recipe: str, cloud: str, choices: dict[tuple[str, str], dict[str, str]]
+    recipe: str, cloud: str, choices: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
     choice, expected = choices[recipe, cloud], EXPECTED[recipe][cloud]
     if "error" in choice:
         assert expected in choice["error"]
     else:
         assert choice["gpus"] == expected
+
+
+def test_quoted_prices_are_those_of_the_optimizer(
+    envs: dict[str, str], choices: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """What sft/prices.py tells make quote, for each machine that the optimizer has taken."""
+    found = [choice for choice in choices.values() if "error" not in choice]
+    command = [sys.executable, SKY_TESTS.parents[1] / "sft/prices.py"]
+    command += ["--clouds", *{choice["cloud"] for choice in found}, "--"]
+    command += {choice["gpus"] for choice in found}
+    result = subprocess.run(command, env=envs, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout)
+    assert told["failed"] == {}
+    prices = {(offer["cloud"], offer["accelerators"]): offer["price"] for offer in told["offers"]}
+    for choice in found:
+        nodes = 4 if choice["recipe"] == "gpt-oss-120b-sft" else 1
+        price = nodes * prices[choice["cloud"], choice["gpus"]]
+        assert price == pytest.approx(choice["dollars_per_hour"], abs=0.01), choice

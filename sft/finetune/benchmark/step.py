@@ -89,12 +89,19 @@ def count_step(task: TaskFile, config: Config, *, gpu: Gpu | None = None) -> Ste
     Raises UserError if the length of a row or the speed of the GPU is not known. Takes seconds.
     """
     gpu = gpu or gpu_named(task.accelerator)
-    training, lora = config.training, config.model.use_peft
+    return step_of(task, config, gpu, count_parts(task, config, gpu))
+
+
+def count_parts(task: TaskFile, config: Config, gpu: Gpu) -> dict[str, Cost]:
+    """What a microbatch costs, by part; the same on any number of these GPUs. Takes seconds.
+
+    Raises UserError if the length of a row is not known.
+    """
+    training = config.training
     if training.max_length is None:
         raise UserError(f"{task.name}: the length of a row is not known without --max_length")
-    model = config_of(config.model_id)
-    parts = count_microbatch(
-        model,
+    return count_microbatch(
+        config_of(config.model_id),
         config.model,
         gpu,
         max_length=training.max_length,
@@ -103,11 +110,18 @@ def count_step(task: TaskFile, config: Config, *, gpu: Gpu | None = None) -> Ste
         context=min(MEAN_LENGTH, training.max_length),
         activation_checkpointing=training.activation_checkpointing,
     )
+
+
+def step_of(task: TaskFile, config: Config, gpu: Gpu, parts: dict[str, Cost]) -> Step:
+    """The step whose microbatches cost `parts`, with what the number of GPUs adds to it."""
+    training, lora = config.training, config.model.use_peft
+    assert training.max_length is not None  # count_parts has checked it
+    model = config_of(config.model_id)
     parameters = count_parameters(model, config.model)
     shards = task.num_gpus if task.is_sharded else 1
     if task.is_sharded:
         copied = bytes_copied(parameters, lora=lora)
-        parts[COPIES_PART] = Cost(bytes=copied, seconds=copied / gpu.bandwidth)
+        parts = parts | {COPIES_PART: Cost(bytes=copied, seconds=copied / gpu.bandwidth)}
     links = min(gpu.nvlink, NETWORK) if task.num_nodes > 1 else gpu.nvlink
     moved = bytes_between_gpus(parameters, sharded=task.is_sharded, lora=lora)
     # FSDP2 gathers the weights and reduces the gradients of each microbatch, DDP of each step.
