@@ -64,7 +64,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
-from trl import SFTConfig, pack_dataset
+from trl import SFTConfig
 
 from finetune.arguments import Config, parse_task
 from finetune.data.dataset import (
@@ -81,7 +81,12 @@ from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.summary import printable
 from finetune.task_file import TaskFile
-from finetune.training.num_steps import few_steps, num_training_steps, sequences_per_step
+from finetune.training.num_steps import (
+    few_steps,
+    num_training_steps,
+    sequences_of,
+    sequences_per_step,
+)
 
 BAR_COLUMNS = 40  # the longest bar of the histogram
 SVG_COLUMNS = 100
@@ -240,9 +245,8 @@ def epoch_summary(
     num_tokens = count_tokens(kept)
     limit = f"{max_length:,}" if max_length else "none"
     summary = [(f"left out (--max_length {limit})", f"{num_left_out:,} {unit}")]
-    sequences = kept
+    sequences = sequences_of(kept, training_args)
     if training_args.packing and max_length:
-        sequences = pack_dataset(kept, max_length, training_args.packing_strategy)
         fill = num_tokens / len(sequences) / max_length
         summary.append(("packed sequences", f"{len(sequences):,}, {fill:.1%} full"))
     batch = sequences_per_step(training_args, num_gpus=num_gpus)

@@ -64,11 +64,9 @@ from dataclasses import replace
 from datetime import date
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
-from trl import pack_dataset
 
 from finetune.arguments import Config, parse_task
 from finetune.benchmark.gpus import gpu_named
@@ -79,10 +77,11 @@ from finetune.benchmark.step import count_parts, step_of
 from finetune.benchmark.synthetic import config_of
 from finetune.benchmark.traffic import Parameters, count_parameters
 from finetune.data.dataset import count_tokens, load_datasets
+from finetune.data.sources import parse_sources
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.task_file import TaskFile
-from finetune.training.num_steps import few_steps, num_training_steps
+from finetune.training.num_steps import few_steps, num_training_steps, sequences_of
 
 PRICES = Path(__file__).with_name("prices.py")
 REACHED = (0.6, 0.25)  # of a step's lower bound: the best and the worst that is assumed
@@ -111,7 +110,7 @@ def quote(
     """Print what one task takes and costs. Raises UserError if that cannot be told."""
     task = TaskFile.read(path)
     config = parse_task(task, f"--dataset_name={args.dataset}")
-    sequences, tokens = sequences_of(config, tokenizer)
+    sequences, tokens = count_epoch(config, tokenizer)
     parameters = count_parameters(config_of(config.model_id), config.model)
     num_steps = num_training_steps(sequences, config.training, num_gpus=task.num_gpus)
     console.print(run_table(task, config, parameters, num_steps=num_steps, tokens=tokens))
@@ -135,16 +134,13 @@ def quote(
         console.print(f"first: cp {shlex.quote(file)} sft/, for the node has what is in sft/")
 
 
-def sequences_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+def count_epoch(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     """The rows of an epoch, packed where the task packs, and its tokens, as train.py counts."""
-    data_args, max_length = config.data, config.training.max_length
+    data_args = config.data
     if not data_args.conversation_start_date:
         data_args = replace(data_args, conversation_start_date=date.today().isoformat())
     train, _ = load_datasets(config.script, config.training, data_args, tokenizer)
-    packed: Dataset = train
-    if config.training.packing and max_length:
-        packed = pack_dataset(train, max_length, config.training.packing_strategy)
-    return len(packed), count_tokens(train)
+    return len(sequences_of(train, config.training)), count_tokens(train)
 
 
 def run_table(
@@ -314,17 +310,18 @@ def launch_line(task: TaskFile, row: dict[str, Any], args: QuoteArguments, *, sp
 
 def elsewhere(dataset: str) -> list[str]:
     """The files of this machine that are not in sft/, and so not on the node."""
-    names = dataset.split(",")
+    names = [source.name for source in parse_sources(dataset)]
     return [name for name in names if Path(name).exists() and not name.startswith("sft/")]
 
 
 def on_the_node(dataset: str) -> str:
     """The dataset's name there: what lies in sft/ here is in /sft; other names stay as they are."""
-    names = [
-        f"sft/{Path(name).name}" if name in elsewhere(dataset) else name
-        for name in dataset.split(",")
-    ]
-    return ",".join(f"/{name}" if name.startswith("sft/") else name for name in names)
+    copied, sources = elsewhere(dataset), []
+    for source in parse_sources(dataset):
+        name = f"sft/{Path(source.name).name}" if source.name in copied else source.name
+        place = f"/{name}" if name.startswith("sft/") else name
+        sources.append(place if source.weight == 1 else f"{place}*{source.weight:g}")
+    return ",".join(sources)
 
 
 def read_prices(args: QuoteArguments, task: TaskFile) -> dict[str, Any]:

@@ -95,7 +95,7 @@ from finetune.summary import print_summary
 from finetune.training.callbacks import EvaluateAtEnd, Throughput
 from finetune.training.divergence import check_tensors
 from finetune.training.log_line import LogLine
-from finetune.training.num_steps import few_steps
+from finetune.training.num_steps import few_steps, sequences_per_step
 from finetune.training.tracking import configure_wandb, send_summary
 from finetune.training.trainer import (
     Beginning,
@@ -290,7 +290,7 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
         trainer.remove_callback(stock)
 
     args = trainer.args
-    rows = num_processes * args.per_device_train_batch_size * args.gradient_accumulation_steps
+    rows = sequences_per_step(args, num_gpus=num_processes)
     trainer.accelerator.print(
         f"attention: {attention}; processes: {num_processes}; global batch: {rows} rows "
         f"({args.per_device_train_batch_size} a GPU, {args.gradient_accumulation_steps} times)"

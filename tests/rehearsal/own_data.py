@@ -7,13 +7,12 @@ from itertools import islice
 from pathlib import Path
 
 from datasets import Dataset
-from trl import pack_dataset
 
 from finetune.arguments import parse_task
 from finetune.data.dataset import load_conversations, tokenize
 from finetune.model.loading import load_tokenizer
 from finetune.task_file import TaskFile
-from finetune.training.num_steps import num_training_steps
+from finetune.training.num_steps import num_training_steps, sequences_of
 
 MAX_TEXTS = 20_000  # that the tiny tokenizer is trained on
 # Large enough for conversations to be about as long as in gpt-oss's own 201,088 tokens.
@@ -52,9 +51,8 @@ def recipe_steps(task: TaskFile, rows: Dataset, model: Path) -> int:
         data = replace(data, conversation_start_date="2026-01-02")
     max_length = config.training.max_length
     kept = tokenize(rows, load_tokenizer(str(model)), data, max_length=max_length)
-    if config.training.packing and max_length:
-        kept = pack_dataset(kept, max_length, config.training.packing_strategy)
-    return num_training_steps(len(kept), config.training, num_gpus=task.num_gpus)
+    sequences = sequences_of(kept, config.training)
+    return num_training_steps(len(sequences), config.training, num_gpus=task.num_gpus)
 
 
 def flags_for(steps: int, given: set[str]) -> dict[str, str]:

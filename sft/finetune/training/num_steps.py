@@ -27,15 +27,22 @@ def num_training_steps(num_sequences: int, training_args: SFTConfig, *, num_gpus
     return math.ceil(training_args.num_train_epochs * epoch)
 
 
+def sequences_of(rows: Dataset, training_args: SFTConfig) -> Dataset:
+    """The rows that the trainer batches: packed, if the run packs. Millions take minutes."""
+    if training_args.packing and training_args.max_length:
+        return pack_dataset(rows, training_args.max_length, training_args.packing_strategy)
+    return rows
+
+
 def few_steps_of(rows: Dataset, training_args: SFTConfig, *, num_gpus: int) -> str | None:
     """The warning for a run on these rows of input_ids, or None."""
     num_sequences, max_length = len(rows), training_args.max_length
     if training_args.packing and max_length:
-        # Packing millions of rows takes minutes. No sequence is more than full, so that there are
+        # Packing takes long. No sequence is more than full, so that there are
         # at least this many; only where they would be few is it worth to count them.
         num_sequences = count_tokens(rows) // max_length
         if few_steps(num_training_steps(num_sequences, training_args, num_gpus=num_gpus)):
-            num_sequences = len(pack_dataset(rows, max_length, training_args.packing_strategy))
+            num_sequences = len(sequences_of(rows, training_args))
     return few_steps(num_training_steps(num_sequences, training_args, num_gpus=num_gpus))
 
 
