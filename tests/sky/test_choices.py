@@ -70,9 +70,9 @@ def test_each_recipe_finds_its_machine(
 def test_quoted_prices_are_those_of_the_optimizer(
     envs: dict[str, str], choices: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    """What sft/prices.py tells make quote, for each machine that the optimizer has taken."""
+    """What prices.py tells make quote, for each machine that the optimizer has taken."""
     found = [choice for choice in choices.values() if "error" not in choice]
-    command = [sys.executable, SKY_TESTS.parents[1] / "sft/prices.py"]
+    command = [sys.executable, SKY_TESTS.parents[1] / "sft/finetune/benchmark/prices.py"]
     command += ["--clouds", *{choice["cloud"] for choice in found}, "--"]
     command += {choice["gpus"] for choice in found}
     result = subprocess.run(command, env=envs, capture_output=True, text=True)

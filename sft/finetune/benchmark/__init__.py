@@ -8,4 +8,5 @@ measure.measure_in                       one path, in a process of its own (proc
 trainers.make_trainer                    a path's model and trainer, of synthetic weights and data
 timing.Windows, timing.PartTimer         the time of steps, and of attention, experts and loss alone
 results.table, scale.scale               the results shown; scaled from few layers to all
+money, prices                            what a run costs; prices runs in SkyPilot's environment
 """

@@ -1,9 +1,9 @@
 """What clouds ask for machines with these GPUs, from SkyPilot's catalog, as JSON.
 
-    .venv/sky/bin/python sft/prices.py --clouds aws gcp -- H100:2 H100:8
+    .venv/sky/bin/python sft/finetune/benchmark/prices.py --clouds aws gcp -- H100:2 H100:8
 
-The only script that runs in SkyPilot's environment (`make sky`) and imports nothing of finetune;
-quote.py calls it. SkyPilot downloads a cloud's catalog when its own copy is older than some hours,
+The only file that runs in SkyPilot's environment (`make sky`), so it imports nothing of finetune;
+quote.py runs it. SkyPilot downloads a cloud's catalog when its own copy is older than some hours,
 and goes on with the old copy where it cannot. Needs neither an account nor SkyPilot's server.
 
 Prints {"offers": [...], "failed": {cloud: reason}}. An offer is the cheapest region of a cloud:
@@ -20,15 +20,11 @@ from contextlib import redirect_stdout
 from typing import Any
 
 
-def command_line() -> argparse.ArgumentParser:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("accelerators", nargs="+", help="GPUs of one node, for example H100:8")
     parser.add_argument("--clouds", nargs="+", required=True)
-    return parser
-
-
-def main() -> None:
-    args = command_line().parse_args()
+    args = parser.parse_args()
     offers, failed = [], {}
     with redirect_stdout(sys.stderr):  # SkyPilot prints its progress
         for cloud in args.clouds:
@@ -46,7 +42,7 @@ def main() -> None:
 
 def cheapest(cloud: str, accelerators: str) -> dict[str, Any] | None:
     """The cloud's cheapest node with exactly these GPUs, or None if it rents none."""
-    # Imported here, because it takes a second: --help and a mistake in the flags need no SkyPilot.
+    # Imported here, because it takes a second: a mistake in the flags needs no SkyPilot.
     from sky import catalog  # type: ignore[attr-defined]
 
     name, _, count = accelerators.partition(":")
