@@ -276,7 +276,7 @@ def offer_table(rows: list[dict[str, Any]], args: QuoteArguments) -> Table:
             f"{row['cloud']}, {row['region']}" if "cloud" in row else "no offer found",
             dollars(row.get("price"), row["num_nodes"]),
             dollars(row.get("spot_price"), row["num_nodes"]),
-            as_range(row["hours"]),
+            hours_range(row["hours"]),
             as_range(row["dollars_range"], unit="$"),
             as_range(row["spot_dollars_range"], unit="$"),
         )
@@ -294,6 +294,13 @@ def as_range(values: list[float] | None, *, unit: str = "") -> str:
         return "-"
     texts = [f"{unit}{value:,.0f}" if value >= 100 else f"{unit}{value:,.2f}" for value in values]
     return " to ".join(dict.fromkeys(texts))
+
+
+def hours_range(values: list[float]) -> str:
+    """The same of hours, with two digits that count where they are minutes or seconds."""
+    if max(values) >= 1:
+        return as_range(values)
+    return " to ".join(dict.fromkeys(f"{value:.2g}" for value in values))
 
 
 def launch_line(task: TaskFile, row: dict[str, Any], args: QuoteArguments, *, spot: bool) -> str:
