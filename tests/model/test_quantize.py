@@ -5,7 +5,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.model.mxfp4 import unpack
-from finetune.model.quantize import quantize, quantize_blocks, requantize
+from finetune.model.quantize import MAX_BLOCKS, quantize, quantize_blocks, requantize
 from helpers.packed import every_value, random_packed
 
 
@@ -87,6 +87,20 @@ def test_all_three_scales_are_needed() -> None:
         weights[:500, 0] = 4
         seen |= set((quantize_blocks(weights)[1].int() - 127).unique().tolist())
     assert seen == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("exponent", [-100, -60, 100])
+def test_weights_of_any_size_are_rounded_alike(exponent: int) -> None:
+    """Their squared errors must neither vanish nor become infinite. Also of many blocks."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 40, 32 * (MAX_BLOCKS // 40), generator=generator).bfloat16()
+    blocks, scales = quantize(weights)
+    some_blocks, some_scales = quantize_blocks(weights[1].unflatten(-1, (-1, 32)).flatten(0, 1))
+    assert blocks[1].equal(some_blocks.view(blocks[1].shape))
+    assert scales[1].equal(some_scales.view(scales[1].shape))
+    scaled_blocks, scaled_scales = quantize(torch.ldexp(weights, torch.tensor(exponent)))
+    assert scaled_blocks.equal(blocks)
+    assert (scaled_scales.int() - exponent).equal(scales.int())
 
 
 def test_infinite_weights_and_rows_of_other_lengths_are_refused() -> None:

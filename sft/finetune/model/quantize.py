@@ -7,18 +7,19 @@ scale can be better. The values of a coarser grid are all in the next finer one,
 goes. And a still finer one cuts the maximum off by more than the other 31 weights could gain.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from finetune.errors import UserError
 from finetune.model.mxfp4 import BLOCK_SIZE, FP4_MAGNITUDES, unpack
 
-MAGNITUDES = torch.tensor(FP4_MAGNITUDES)
-# Numbers are rounded to the nearest value, so the boundaries lie halfway between two values. On a
-# boundary the even code is taken, as OCP has it: bucketize takes the lower one, so every second
-# boundary is moved down by the smallest possible step.
-BOUNDARIES = (MAGNITUDES[1:] + MAGNITUDES[:-1]) / 2
-BOUNDARIES[1::2] = torch.nextafter(BOUNDARIES[1::2], torch.zeros(()))
-BIAS, LARGEST_SCALE = 127, 254  # a scale of 255 means NaN
+LARGEST_SCALE = 254  # 255 means NaN
+EXPONENT_SHIFT, EXPONENT_BITS = 23, 0x7F800000  # of fp32
+LARGEST = max(FP4_MAGNITUDES)
+# How many blocks are quantised at a time. Their copies in fp32, 125 KiB each, stay in the
+# processor's cache. They are too few for PyTorch to split: each thread takes parts of its own.
+MAX_BLOCKS = 1000
 
 
 def quantize(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,41 +29,67 @@ def quantize(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weights.shape[-1] % BLOCK_SIZE:
         raise UserError(f"MXFP4 holds rows of a multiple of 32 weights, not of {weights.shape[-1]}")
-    # Expert by expert: trying the three scales takes several fp32 copies of what is quantised.
-    pairs = [quantize_blocks(expert.unflatten(-1, (-1, BLOCK_SIZE))) for expert in weights]
-    blocks, scales = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    grouped = weights.unflatten(-1, (-1, BLOCK_SIZE))
+    blocks = torch.empty((*grouped.shape[:-1], BLOCK_SIZE // 2), dtype=torch.uint8)
+    scales = torch.empty(grouped.shape[:-1], dtype=torch.uint8)
+    parts = grouped.flatten(0, -2), blocks.flatten(0, -2), scales.flatten()
+
+    def fill(some: torch.Tensor, to_blocks: torch.Tensor, to_scales: torch.Tensor) -> None:
+        new_blocks, new_scales = quantize_blocks(some)
+        to_blocks.copy_(new_blocks)
+        to_scales.copy_(new_scales)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        list(threads.map(fill, *(part.split(MAX_BLOCKS) for part in parts)))
     return blocks, scales
 
 
 def quantize_blocks(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes (..., 16) and scales (...) of blocks of 32 weights (..., 32)."""
+    """Bytes (N, 16) and scales (N) of N blocks of 32 weights (N, 32)."""
     weights = weights.float()
-    maxima = weights.abs().amax(-1)
+    magnitudes = weights.abs()
+    maxima = magnitudes.amax(-1)
     if not torch.isfinite(maxima).all():
         raise UserError("a weight is infinite or NaN: the run has diverged, take one before it")
-    # The exponent e of 2 ** e under which the maximum falls to 4..8. frexp's mantissas are in
-    # 0.5..1, so that its exponent of 4 is 3. A block of zeros takes the smallest scale.
-    exponents = torch.where(maxima > 0, torch.frexp(maxima).exponent - 3, -BIAS)
-    best_scales = exponents.clamp(-BIAS, LARGEST_SCALE - BIAS)
-    best_codes, least = encode(weights, best_scales)
+    # The biased exponent of the maximum, less 2: under 2 to this power it falls to 4..8.
+    by_maximum = (maxima.view(torch.int32) >> EXPONENT_SHIFT) - 2
+    best = by_maximum.clamp(0, LARGEST_SCALE)
+    least = squared_error(magnitudes, best)
     for shift in (1, -1):
-        scales = (exponents + shift).clamp(-BIAS, LARGEST_SCALE - BIAS)
-        codes, errors = encode(weights, scales)
-        better = errors < least
-        least = torch.where(better, errors, least)
-        best_scales = torch.where(better, scales, best_scales)
-        best_codes = torch.where(better[..., None], codes, best_codes)
-    even, odd = best_codes[..., ::2], best_codes[..., 1::2]
-    return even | odd << 4, (best_scales + BIAS).to(torch.uint8)
+        scales = (by_maximum + shift).clamp(0, LARGEST_SCALE)
+        errors = squared_error(magnitudes, scales)
+        best = torch.where(errors < least, scales, best)
+        least = torch.minimum(errors, least)
+    values = nearest(magnitudes / powers_of_two(best)[:, None])
+    # The codes 0 to 4 lie 1/2 apart, 4 to 6 lie 1 apart, and 7 is 2 beyond 6.
+    codes = torch.minimum(torch.minimum(2 * values, values + 2), values / 2 + 4).to(torch.uint8)
+    codes |= weights.signbit().to(torch.uint8) << 3
+    return codes[:, ::2] | codes[:, 1::2] << 4, best.to(torch.uint8)
 
 
-def encode(weights: torch.Tensor, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """FP4 codes (..., 32) of blocks under scales 2 ** exponents (...), and their squared errors."""
-    scales = torch.ldexp(torch.ones(exponents.shape), exponents)[..., None]
-    magnitudes = weights.abs()
-    codes = torch.bucketize((magnitudes / scales).contiguous(), BOUNDARIES, out_int32=True)
-    errors = (MAGNITUDES[codes] * scales - magnitudes).square_().sum(-1, dtype=torch.float64)
-    return codes.to(torch.uint8) | weights.signbit().to(torch.uint8) << 3, errors
+def powers_of_two(scales: torch.Tensor) -> torch.Tensor:
+    """2 ** (scales - 127) in fp32, of int32 in 0..254: a scale is fp32's own biased exponent."""
+    # 2 ** -127 is below the normal numbers: its exponent is 0 and its first bit is set.
+    return (scales << EXPONENT_SHIFT).clamp(min=1 << EXPONENT_SHIFT - 1).view(torch.float32)
+
+
+def squared_error(magnitudes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What rounding to FP4 under these scales (N) costs blocks (N, 32), in float64."""
+    powers = powers_of_two(scales)
+    scaled = magnitudes / powers[:, None]
+    errors = (nearest(scaled) - scaled).square_().sum(-1, dtype=torch.float64)
+    return errors * powers.double().square()
+
+
+def nearest(scaled: torch.Tensor) -> torch.Tensor:
+    """The nearest of FP4's magnitudes; halfway between two the one of the even code, as OCP has it.
+
+    FP4's values are 1/2 apart below 2, 1 apart from 2 to 4, and 2 apart above. torch.round takes
+    the even number of steps, and that is the even code.
+    """
+    floors = (scaled.view(torch.int32) & EXPONENT_BITS).view(torch.float32)  # 1 for 1..2
+    steps = floors.clamp_(1, 4).div_(2)
+    return (scaled / steps).round_().mul_(steps).clamp_(max=LARGEST)
 
 
 def requantize(
