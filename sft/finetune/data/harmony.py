@@ -64,14 +64,13 @@ model must write `<|return|>`, or the server would not stop: vLLM stops at `<|re
 learns the same tokens wherever it stands. Runs begun before learn `<|end|>` there.
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from finetune.data.options import TrainOn
+from finetune.data.text_tokens import TextTokens
 from finetune.data.tool_schema import tools_section
 from finetune.errors import UserError
 
@@ -198,14 +197,18 @@ def past_end(messages: list[Message]) -> int:
     return max(last_index(messages[: max(last_user, 0)], channel="final"), 0)
 
 
-def last_index(messages: list[Message], **fields: str) -> int:
-    """The index of the last message with these values in its fields; -1 if there is none."""
-    indices = [
-        number
-        for number, message in enumerate(messages)
-        if all(getattr(message, name) == value for name, value in fields.items())
-    ]
-    return indices[-1] if indices else -1
+def last_index(
+    messages: list[Message], *, author: str | None = None, channel: str | None = None
+) -> int:
+    """The index of the last message of this author, on this channel; -1 if there is none.
+
+    None stands for any author or channel.
+    """
+    for number in range(len(messages) - 1, -1, -1):
+        message = messages[number]
+        if author in (None, message.author) and channel in (None, message.channel):
+            return number
+    return -1
 
 
 def to_pieces(
@@ -322,15 +325,7 @@ class Encoder:
                 f"{tokenizer.name_or_path!r} is not a gpt-oss tokenizer: "
                 f"it lacks {', '.join(missing)}"
             )
-        # A copy, because this setting would change what the caller's tokenizer does. With it, the
-        # name of a control token inside text is encoded as text, so that no user can forge one.
-        # encode_special_tokens spares only tokens that are marked as special, so all that are added
-        # to the vocabulary are marked so here, whatever the model's files say.
-        settings = json.loads(tokenizer.backend_tokenizer.to_str())
-        for token in settings["added_tokens"]:
-            token["special"] = True
-        self.text_tokenizer = Tokenizer.from_str(json.dumps(settings))
-        self.text_tokenizer.encode_special_tokens = True
+        self.text_tokens = TextTokens(tokenizer.backend_tokenizer.to_str())
 
     def encode(self, conversations: list[list[Piece]]) -> tuple[list[list[int]], list[list[int]]]:
         """The input_ids and labels (-100 = not in the loss) of each conversation.
@@ -341,8 +336,7 @@ class Encoder:
         # encoded once. The order is fixed so that the same batch always does the same work.
         texts = {p.text for pieces in conversations for p in pieces if not p.is_control and p.text}
         unique = sorted(texts)
-        encodings = self.text_tokenizer.encode_batch_fast(unique, add_special_tokens=False)
-        ids_of_text = {text: encoding.ids for text, encoding in zip(unique, encodings, strict=True)}
+        ids_of_text = dict(zip(unique, self.text_tokens.encode(unique), strict=True))
         ids_of_text[""] = []
         all_ids, all_labels = [], []
         for pieces in conversations:

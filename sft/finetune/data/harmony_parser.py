@@ -46,10 +46,8 @@ class ChannelReader:
         self.tokenizer = tokenizer
         self.start, self.channel = encoder.ids[START], encoder.ids[CHANNEL]
         self.control = {number: token for token, number in tokenizer.get_added_vocab().items()}
-        self.channel_ids = {
-            name: encoder.text_tokenizer.encode(name, add_special_tokens=False).ids
-            for name in CHANNELS
-        }
+        ids = encoder.text_tokens.encode(list(CHANNELS))
+        self.channel_ids = dict(zip(CHANNELS, ids, strict=True))
 
     def channels(self, input_ids: list[int]) -> list[str]:
         """The channel of each token, or NO_CHANNEL.
