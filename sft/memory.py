@@ -1,6 +1,7 @@
-"""How much GPU memory a step of LoRA takes, counted tensor by tensor on a machine without a GPU.
+"""How much GPU memory a step takes, counted tensor by tensor on a machine without a GPU.
 
     python sft/memory.py gpt-oss-*-lora.yaml                     as the task files have it
+    python sft/memory.py gpt-oss-120b-sft.yaml                   all weights, under FSDP2
     python sft/memory.py --max_length 2048 gpt-oss-20b-lora.yaml
 
 A step of the task's model is run in its true shapes without any values, and every tensor counts
@@ -26,7 +27,10 @@ class MemoryArguments:
 
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a row."})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows at once on a GPU."}
+        default=None, metadata={"help": "The most rows at once on a GPU."}
+    )
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of a step, on all GPUs together."}
     )
     lora_r: int | None = field(default=None, metadata={"help": "The rank of the adapter."})
     dequantize: bool | None = field(
@@ -48,6 +52,7 @@ from rich.table import Table
 
 from finetune.arguments import parse_task
 from finetune.benchmark.memory_count import count
+from finetune.benchmark.sharded_count import count_sharded
 from finetune.benchmark.synthetic import config_of
 from finetune.errors import UserError, one_line_errors
 from finetune.task_file import TaskFile
@@ -59,11 +64,12 @@ def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
     changes = [f"--{name}={value}" for name, value in vars(args).items() if value is not None]
     config = parse_task(task, *changes)
     training, lora_r, dequantize = config.training, config.model.lora_r, config.run.dequantize
-    only = "only LoRA beside a base that every GPU holds is counted"
-    if not config.model.use_peft:
-        raise UserError(f"{path} trains all weights: {only}")
-    if task.is_sharded:
-        raise UserError(f"{path} shards its weights: {only}")
+    is_fsdp = task.accelerate_config["distributed_type"] == "FSDP"
+    if is_fsdp == config.model.use_peft or (task.is_sharded and not is_fsdp):
+        raise UserError(
+            f"{path}: only LoRA beside a base that every GPU holds is counted, and all weights "
+            "shared out by FSDP2"
+        )
     max_length, batch_size = training.max_length, training.per_device_train_batch_size
     if max_length is None:
         raise UserError(f"{path}: the length of a row is not known without --max_length")
@@ -72,6 +78,16 @@ def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
             f"{path}: --max_length {max_length}, --per_device_train_batch_size {batch_size} and "
             f"--lora_r {lora_r} must be at least 1"
         )
+    shape = f"{batch_size} x {max_length} tokens"
+    if is_fsdp:
+        held = count_sharded(
+            config_of(config.model_id),
+            num_gpus=task.num_gpus,
+            max_length=max_length,
+            batch_size=batch_size,
+            activation_checkpointing=training.activation_checkpointing,
+        )
+        return f"{path.stem}\n{shape}\n{task.num_gpus} GPUs", held
     held = count(
         config_of(config.model_id),
         config.model,
@@ -80,15 +96,15 @@ def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
         packed=not dequantize,
         activation_checkpointing=training.activation_checkpointing,
     )
-    shape = f"{batch_size} x {max_length} tokens, r={lora_r}"
-    return f"{path.stem}\n{shape}\nexperts in {'bf16' if dequantize else 'MXFP4'}", held
+    return f"{path.stem}\n{shape}, r={lora_r}\nexperts in {'bf16' if dequantize else 'MXFP4'}", held
 
 
 def main(args: MemoryArguments, paths: list[Path]) -> None:
     columns = [count_task(path, args) for path in paths]
     table = Table("GiB", *(title for title, _ in columns), title="A GPU's memory, counted")
-    for name in columns[0][1]:
-        table.add_row(name, *(f"{held[name] / 2**30:.2f}" for _, held in columns))
+    for name in dict.fromkeys(name for _, held in columns for name in held):
+        cells = (f"{held[name] / 2**30:.2f}" if name in held else "" for _, held in columns)
+        table.add_row(name, *cells)
     Console(width=120).print(table)
 
 

@@ -116,7 +116,7 @@ def quote(
     console.print(run_table(task, config, parameters, num_steps=num_steps, tokens=tokens))
 
     prices = read_prices(args, task)
-    counted: dict[str, dict[str, Cost]] = {}
+    counted: dict[tuple[str, int], dict[str, Cost]] = {}
     choices = [choice_of(task, name, args, sequences, counted) for name in task.choices]
     rows = [row for choice in choices for row in offers_of(choice, prices["offers"], task, args)]
     console.print(offer_table(rows, args))
@@ -193,19 +193,21 @@ def choice_of(
     accelerators: str,
     args: QuoteArguments,
     sequences: int,
-    counted: dict[str, dict[str, Cost]],
+    counted: dict[tuple[str, int], dict[str, Cost]],
 ) -> dict[str, Any]:
     """Hours on one of the task's choices of GPUs: at best and at worst, or why it cannot run.
 
-    counted: what a microbatch costs by the GPU's name, filled here, for a count takes seconds.
+    counted: what a microbatch costs by the GPU's name and the rows at once, filled here, for a
+    count takes seconds.
     """
     chosen = task.on(accelerators)
     try:
         config = parse_task(chosen, f"--dataset_name={args.dataset}")
         gpu = gpu_named(chosen.accelerator)
-        if gpu.name not in counted:
-            counted[gpu.name] = count_parts(chosen, config, gpu)
-        step = step_of(chosen, config, gpu, counted[gpu.name])
+        key = gpu.name, config.training.per_device_train_batch_size
+        if key not in counted:
+            counted[key] = count_parts(chosen, config, gpu)
+        step = step_of(chosen, config, gpu, counted[key])
     except UserError as error:
         return {"accelerators": accelerators, "num_nodes": task.num_nodes, "problem": str(error)}
     training = config.training

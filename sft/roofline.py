@@ -2,7 +2,7 @@
 
     python sft/roofline.py gpt-oss-*.yaml                       as the task files have it
     python sft/roofline.py --gpu H200 gpt-oss-120b-lora.yaml
-    python sft/roofline.py --per_device_train_batch_size 4 gpt-oss-20b-sft.yaml
+    python sft/roofline.py --global_batch_size 32 gpt-oss-20b-sft.yaml
 
 The operations of a microbatch's forward and backward are run without any values and counted one by
 one (finetune/benchmark/op_count.py). Each takes at least its FLOPs over 800 TFLOP/s of H100's 989,
@@ -14,7 +14,8 @@ not in it. Launches are counted, but those of the optimizer are not. Nor are the
 TRL's metrics and Trainer's check of the loss add to a microbatch.
 
 As the task files have it, gpt-oss-20b-lora is bound by eager element-wise operations,
-gpt-oss-120b-lora by unpacking its base, and both full recipes by moving weights and gradients.
+gpt-oss-120b-lora by unpacking its base, gpt-oss-20b-sft by its products with the experts' weights,
+and gpt-oss-120b-sft by moving weights and gradients.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +31,10 @@ class RooflineArguments:
     gpu: str | None = field(default=None, metadata={"help": "A100, H100, H200 or B200."})
     max_length: int | None = field(default=None, metadata={"help": "Tokens of a row."})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Rows at once on a GPU."}
+        default=None, metadata={"help": "The most rows at once on a GPU."}
+    )
+    global_batch_size: int | None = field(
+        default=None, metadata={"help": "Rows of a step, on all GPUs together."}
     )
 
 
@@ -56,7 +60,7 @@ from finetune.task_file import TaskFile
 def count_file(path: Path, args: RooflineArguments) -> Step:
     """Raises UserError if the file is no task file, or its step cannot be told from it."""
     task = TaskFile.read(path)
-    for name in ("max_length", "per_device_train_batch_size"):
+    for name in ("max_length", "per_device_train_batch_size", "global_batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
@@ -95,7 +99,7 @@ def main(args: RooflineArguments, paths: list[Path]) -> None:
     table = Table("ms", *(path.stem for path in paths), title="A step at its fastest, counted")
     for name, cells in rows_of(steps).items():
         table.add_row(name, *cells)
-    Console(width=140).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,24 @@ def test_only_what_is_trained_is_unpacked() -> None:
     assert not parse_args([*BASE, "--use_peft=true", "--lora_dropout=0"]).run.dequantize
 
 
-@pytest.mark.parametrize(("num_gpus", "times"), [(1, 8), (2, 4), (4, 2), (8, 1)])
-def test_a_global_batch_is_that_of_any_number_of_gpus(num_gpus: int, times: int) -> None:
-    flags = [*BASE, "--per_device_train_batch_size=1", "--global_batch_size=8"]
+@pytest.mark.parametrize(
+    ("rows", "num_gpus", "most", "at_once", "times"),
+    [
+        (8, 1, 1, 1, 8),
+        (8, 8, 1, 1, 1),
+        (8, 1, 4, 4, 2),
+        (8, 4, 4, 2, 1),  # a share of two rows
+        (12, 2, 4, 3, 2),  # six rows: three at once, because four do not come out even
+        (5, 1, 4, 1, 5),
+        (128, 32, 4, 4, 1),
+    ],
+)
+def test_a_global_batch_is_shared_out_among_any_number_of_gpus(
+    rows: int, num_gpus: int, most: int, at_once: int, times: int
+) -> None:
+    flags = [*BASE, f"--per_device_train_batch_size={most}", f"--global_batch_size={rows}"]
     training = parse_args(flags, num_gpus=num_gpus).training
+    assert training.per_device_train_batch_size == at_once
     assert training.gradient_accumulation_steps == times
 
 
@@ -40,13 +54,14 @@ def test_the_ranks_of_a_launch_are_those_that_its_launcher_started(
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--per_device_train_batch_size=4", "8 rows .* 3 GPUs .* compute 12 rows at once"),
+        ("--logging_steps=1", "8 rows .* among 3 GPUs; set it to a multiple of 3"),
+        ("--global_batch_size=6 --per_device_train_batch_size=0", "size 0 must be at least 1"),
         ("--gradient_accumulation_steps=2", "--gradient_accumulation_steps 2 is worked out"),
         ("--global_batch_size=0", "0 rows .* cannot be shared out"),
     ],
 )
 def test_a_global_batch_that_does_not_come_out_is_refused(flag: str, message: str) -> None:
-    flags = [*BASE, "--per_device_train_batch_size=1", "--global_batch_size=8", flag]
+    flags = [*BASE, "--per_device_train_batch_size=1", "--global_batch_size=8", *flag.split()]
     with pytest.raises(UserError, match=message) as refused:
         parse_args(flags, num_gpus=3)
     assert "\n" not in str(refused.value)

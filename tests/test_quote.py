@@ -74,7 +74,9 @@ def test_without_prices_everything_but_dollars_is_told(tiny_model: Path, tmp_pat
     assert {tuple(offer[1:4]) for offer in offers} == {("no offer found", "-", "-")}
     offer = next(offer for offer in offers if offer[0] == "H100:8")
     steps = int(told["optimizer steps"])
-    assert float(offer[4].replace(",", "")) == pytest.approx(steps * 4096 / 0.01 / 3600, abs=0.5)
+    assert float(offer[4].replace(",", "")) == pytest.approx(
+        steps * 2 * 4096 / 0.01 / 3600, abs=0.5
+    )
     assert "no prices of any cloud: --sky names no environment (make sky)" in result.stdout
     assert "sky launch" not in result.stdout
 

@@ -60,7 +60,8 @@ def test_what_the_file_asks_for() -> None:
     task = TaskFile.read(REPO / "gpt-oss-120b-sft.yaml")
     assert (task.accelerator, task.gpus_per_node, task.num_nodes) == ("H200", 8, 4)
     assert task.num_gpus == 32
-    assert parse_task(task).training.gradient_accumulation_steps == 1  # 32 rows, one on each
+    training = parse_task(task).training  # 128 rows, four on each
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 1)
     assert task.envs["CHECKPOINT_BUCKET"] == ""  # null in the file: given at launch
 
 

@@ -41,9 +41,10 @@ class RunArguments:
     global_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Rows of one optimizer step, on all GPUs together. Gradients are accumulated "
-            "over as many batches as that takes on the GPUs there are. By default it follows from "
-            "--per_device_train_batch_size, --gradient_accumulation_steps and the GPUs."
+            "help": "Rows of one optimizer step, on all GPUs together. Each GPU computes as many "
+            "of its share at once as --per_device_train_batch_size allows, and accumulates "
+            "gradients over the rest. By default it follows from --per_device_train_batch_size, "
+            "--gradient_accumulation_steps and the GPUs."
         },
     )
     dequantize: bool | None = field(
@@ -128,9 +129,9 @@ def parse_args(args: list[str] | None = None, *, num_gpus: int | None = None) ->
     check_unused_flags(config)
     check_data_arguments(config.data)
     if config.run.global_batch_size is not None:
-        config.training.gradient_accumulation_steps = accumulation_steps(
-            config, num_gpus=num_gpus or num_processes()
-        )
+        at_once, times = share_out(config, num_gpus=num_gpus or num_processes())
+        config.training.per_device_train_batch_size = at_once
+        config.training.gradient_accumulation_steps = times
     return resolved(config)
 
 
@@ -143,12 +144,15 @@ def parse_task(task: TaskFile, *changes: str) -> Config:
     return parse_args([*task.flags, *changes, "--use_cpu=true"], num_gpus=task.num_gpus)
 
 
-def accumulation_steps(config: Config, *, num_gpus: int) -> int:
-    """The batches that each GPU computes for one optimizer step of --global_batch_size rows.
+def share_out(config: Config, *, num_gpus: int) -> tuple[int, int]:
+    """How each GPU computes its part of --global_batch_size rows: rows at once, and how many times.
 
-    Raises UserError if that is no whole number, or is given a second time as a flag.
+    As many at once as --per_device_train_batch_size allows: products are then larger, and what is
+    done for each batch, as unpacking or gathering weights, is done less often.
+    Raises UserError if the rows cannot be shared out, or accumulation is given a second time.
     """
     training, rows = config.training, config.run.global_batch_size
+    most = training.per_device_train_batch_size
     assert rows is not None
     if training.gradient_accumulation_steps != 1:
         raise UserError(
@@ -156,14 +160,16 @@ def accumulation_steps(config: Config, *, num_gpus: int) -> int:
             f"from --global_batch_size {rows}: remove it, and set GLOBAL_BATCH_SIZE in the task "
             "file to the rows of a step on all GPUs together"
         )
-    at_once = training.per_device_train_batch_size * num_gpus
-    if rows < 1 or rows % at_once:
+    if rows < 1 or rows % num_gpus:
         raise UserError(
-            f"a global batch of {rows} rows (GLOBAL_BATCH_SIZE) cannot be shared out: {num_gpus} "
-            f"GPUs with --per_device_train_batch_size {training.per_device_train_batch_size} "
-            f"compute {at_once} rows at once; set it to a multiple of {at_once}, or take fewer GPUs"
+            f"a global batch of {rows} rows (GLOBAL_BATCH_SIZE) cannot be shared out among "
+            f"{num_gpus} GPUs; set it to a multiple of {num_gpus}, or take fewer GPUs"
         )
-    return rows // at_once
+    if most < 1:
+        raise UserError(f"--per_device_train_batch_size {most} must be at least 1")
+    share = rows // num_gpus
+    at_once = max(size for size in range(1, most + 1) if share % size == 0)
+    return at_once, share // at_once
 
 
 def resolved(config: Config) -> Config:

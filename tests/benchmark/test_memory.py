@@ -110,7 +110,6 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
 @pytest.mark.parametrize(
     "file, args, reason",
     [
-        ("gpt-oss-20b-sft.yaml", SHORT, "gpt-oss-20b-sft.yaml trains all weights: only LoRA"),
         ("README.md", SHORT, "README.md is no task file"),
         ("sft/ddp.yaml", SHORT, "ddp.yaml is no task file"),
         ("gpt-oss-20b-lora.yaml", MemoryArguments(lora_r=0), "--lora_r 0 must be at least 1"),

@@ -59,6 +59,9 @@ def flags_for(steps: int, given: set[str]) -> dict[str, str]:
     """The flags that a rehearsal must set where the recipe takes so many steps."""
     wanted = min(max(steps, MIN_STEPS), MAX_STEPS)
     flags = {"use_cpu": "true"}
+    if "per_device_train_batch_size" not in given:
+        # The global batch stays. On a CPU attention takes memory with the rows' square.
+        flags["per_device_train_batch_size"] = "1"
     if wanted != steps and "max_steps" not in given:
         flags["max_steps"] = str(wanted)
     if "save_steps" not in given:

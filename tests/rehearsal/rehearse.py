@@ -48,6 +48,7 @@ REHEARSAL_FLAGS = {
     "learning_rate": "1e-2",
     "save_steps": "4",
     "global_batch_size": "4",  # two batches on each process: gradients are accumulated, as on GPUs
+    "per_device_train_batch_size": "1",  # attention on a CPU takes memory with the rows' square
 }
 NUM_PROCESSES = 2
 SHOWN_LINES = (

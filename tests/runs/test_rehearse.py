@@ -41,7 +41,8 @@ def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
     result = rehearse(
         "gpt-oss-20b-lora.yaml", TRAIN_ARGS="--max_length 8 --learning-rate=1e-3 --save_steps 2"
     )
-    assert "rehearsal sets: --use_cpu true --max_steps 12 --global_batch_size 4\n" in result.stdout
+    added = "--use_cpu true --max_steps 12 --global_batch_size 4 --per_device_train_batch_size 1"
+    assert f"rehearsal sets: {added}\n" in result.stdout
     # Every conversation is longer than eight tokens, so the user's max_length was used.
     assert result.returncode == 1
     assert "error: nothing is left to train on" in result.stdout
@@ -53,17 +54,17 @@ def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
         (
             "",
             "--use_cpu true --max_steps 12 --max_length 1024 --learning_rate 1e-2 --save_steps 4 "
-            "--global_batch_size 4",
+            "--global_batch_size 4 --per_device_train_batch_size 1",
         ),
         (
             "--max_length 2048 --lora_r=4",
             "--use_cpu true --max_steps 12 --learning_rate 1e-2 --save_steps 4 "
-            "--global_batch_size 4",
+            "--global_batch_size 4 --per_device_train_batch_size 1",
         ),
         (
             "--max-steps=20 --learning_rate 1e-4 --save_steps 5 --max_length 99 "
             "--global_batch_size=2",
-            "--use_cpu true",
+            "--use_cpu true --per_device_train_batch_size 1",
         ),
     ],
 )
@@ -88,7 +89,8 @@ def test_with_the_users_data_the_steps_are_the_recipes_up_to_twelve(
     steps: int, given: set[str], flags: dict[str, str]
 ) -> None:
     """The lengths and the learning rate stay those of the recipe: no flag is set for them."""
-    assert flags_for(steps, given) == {"use_cpu": "true", **flags}
+    one_row = {"per_device_train_batch_size": "1"}
+    assert flags_for(steps, given) == {"use_cpu": "true", **one_row, **flags}
 
 
 def test_bad_data_is_named(tmp_path: Path) -> None:

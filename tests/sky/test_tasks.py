@@ -48,7 +48,7 @@ def test_what_a_task_asks_for(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert task.name == task.envs["RUN_NAME"] == name
     asked = [f"{gpu}:{n}" for each in task.resources for gpu, n in each.accelerators.items()]
     assert asked == accelerators
-    # Each of them computes the global batch in whole batches of one row on each GPU.
+    # Each of them can share the global batch out among its GPUs.
     counts = [num_nodes * int(gpus.split(":")[1]) for gpus in accelerators]
     assert all(int(task.envs["GLOBAL_BATCH_SIZE"]) % count == 0 for count in counts)
     assert task.num_nodes == num_nodes

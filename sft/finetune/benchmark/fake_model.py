@@ -240,23 +240,25 @@ def forward_and_backward(model: Any, ids: torch.Tensor) -> None:
     loss.backward()
 
 
-def few_layers(config: GptOssConfig) -> list[GptOssConfig]:
-    """The config with two and with four layers, or as it is if it has no more.
+def few_layers(config: GptOssConfig, *, fewest: int = 2) -> list[GptOssConfig]:
+    """The config with `fewest` layers and with two more, or as it is if it has no more than those.
 
     Layers are added in pairs, one of each kind of attention, so that each pair costs the same.
     """
-    if config.num_hidden_layers <= 4:
+    if config.num_hidden_layers <= fewest + 2:
         return [config]
     configs = [copy.deepcopy(config) for _ in range(2)]
-    for few, num_layers in zip(configs, (2, 4), strict=True):
+    for few, num_layers in zip(configs, (fewest, fewest + 2), strict=True):
         few.num_hidden_layers, few.layer_types = num_layers, config.layer_types[:num_layers]
     return configs
 
 
-def at_all_layers(values: list[Any], config: GptOssConfig) -> Any:
+def at_all_layers(values: list[Any], config: GptOssConfig, *, fewest: int = 2) -> Any:
     """What is counted at all layers, from what was counted at those of few_layers(config).
 
     A fixed part and one for each pair of layers; for even numbers of layers it is exact.
     """
     few, more = values[0], values[-1]
-    return few + (more - few) * ((config.num_hidden_layers - 2) / 2) if more is not few else few
+    return (
+        few + (more - few) * ((config.num_hidden_layers - fewest) / 2) if len(values) > 1 else few
+    )

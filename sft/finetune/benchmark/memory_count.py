@@ -8,9 +8,11 @@ import weakref
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import GptOssConfig
@@ -42,14 +44,37 @@ class LiveBytes(TorchDispatchMode):
         self.is_paused = False
         # By the address of each storage, which views of a tensor share. The parameters' storages
         # are kept alive here, so that no later storage is given one of their addresses.
-        self.counted: dict[int, Any] = {}
-        for tensor in chain.from_iterable(map(stored, model.parameters())):
-            storage = tensor.untyped_storage()
-            self.counted[storage._cdata] = storage
+        self.there = {
+            tensor.untyped_storage()._cdata: tensor.untyped_storage()
+            for tensor in chain.from_iterable(map(stored, model.parameters()))
+        }
+        self.sizes: dict[int, int] = {}
+        self.ends: dict[int, Any] = {}
+
+    def __enter__(self) -> "LiveBytes":
+        # FSDP2 frees a gathered weight by resizing its storage to nothing.
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self.change(storage._cdata, size)
+            return result
+
+        self.resizing = patch.object(torch.UntypedStorage, "resize_", resize_and_count)
+        self.resizing.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        super().__exit__(*args)
+        self.resizing.stop()
 
     def __torch_dispatch__(  # type: ignore[override]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # a sharded tensor: the operation on this rank's part follows
         result = every_row(*args) if selects_by_mask(func, args) else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             # A packed weight has no storage of its own: its blocks and scales are parameters.
@@ -58,16 +83,21 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.counted or self.is_paused:
+        key = storage._cdata
+        if key in self.sizes or key in self.there or self.is_paused:
             return
 
         def free(_: Any) -> None:
-            self.now -= size
-            del self.counted[key]
+            self.change(key, 0)
+            del self.sizes[key], self.ends[key]
 
-        self.counted[key] = weakref.ref(storage, free)
-        self.now += size
+        self.sizes[key], self.ends[key] = 0, weakref.ref(storage, free)
+        self.change(key, storage.nbytes())
+
+    def change(self, key: int, size: int) -> None:
+        """A storage has this size from now on."""
+        self.now += size - self.sizes[key]
+        self.sizes[key] = size
         self.peak = max(self.peak, self.now)
 
     def first_rows(self, num_chunks: int, num_rows: int) -> list[int]:
@@ -93,8 +123,9 @@ class LiveBytes(TorchDispatchMode):
 
 def stored(parameter: Any) -> list[torch.Tensor]:
     """The tensors that hold the bytes of a parameter."""
-    is_packed = isinstance(parameter, Mxfp4Weight)
-    return [parameter.blocks, parameter.scales] if is_packed else [parameter]
+    if isinstance(parameter, Mxfp4Weight):
+        return [parameter.blocks, parameter.scales]
+    return [parameter.to_local() if isinstance(parameter, DTensor) else parameter]
 
 
 def count(
