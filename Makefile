@@ -61,7 +61,7 @@ test: check $(SKY)/.installed
 	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_choices.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed
-	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_launch.py tests/sky/test_jobs.py
+	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_two_mounts.py tests/sky/test_launch.py tests/sky/test_jobs.py
 
 imports: $(TRAIN)/.installed
 	$(PYTHON) tests/helpers/imports.py

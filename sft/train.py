@@ -187,7 +187,7 @@ def one_writer(trainer: ResumableSFTTrainer) -> Iterator[None]:
         os._exit(0)  # at once: threads of a save under way would go on until its upload
     finally:
         if saver.complete_step is None and saver.fence and trainer.is_world_process_zero():
-            saver.fence.withdraw()
+            saver.fence.withdraw(has_saved=saver.folder is not None)
 
 
 def load_data(config: Config) -> Data:

@@ -39,10 +39,10 @@ class Command:
         return os.system, (f"touch {self.trace}",)
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A checkpoint that train.py wrote on two ranks."""
-    return Path(shutil.copytree(WRITTEN, tmp_path / "checkpoint-3"))
+@pytest.fixture(params=["checkpoint-3", "checkpoint-3.0002"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint that train.py wrote on two ranks, by the name that any launch may give it."""
+    return Path(shutil.copytree(WRITTEN, tmp_path / request.param))
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A launch's claim to its run, and what it sees of newer ones."""
 
+import shutil
 import threading
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from finetune.checkpoint.fence import LISTING_LAG_SECONDS, Fence, FencedOff, listing_lag
 from finetune.checkpoint.fingerprint import RunRecord
+from finetune.checkpoint.writers import Writer, write_writer
 from finetune.errors import UserError
 from helpers.checkpoints import FINGERPRINT
 
@@ -71,9 +73,44 @@ def test_on_a_mount_a_claim_is_uploaded_and_then_waits_for_what_listings_lag(
 
 def test_a_claim_that_is_withdrawn_stops_nobody(tmp_path: Path) -> None:
     older, newer = claimed(tmp_path), claimed(tmp_path)
-    newer.withdraw()
+    newer.withdraw(has_saved=False)
     older.check()
     assert len(list((tmp_path / "writers").iterdir())) == 1
+
+
+def test_the_number_of_a_launch_that_has_begun_to_save_is_not_given_again(tmp_path: Path) -> None:
+    """Its files may yet reach the bucket. Other settings may be tried."""
+    claimed(tmp_path).withdraw(has_saved=True)
+    other = Fence(tmp_path, record(seed=1))
+    other.claim()
+    assert other.writer is not None and other.writer.number == 2
+
+
+@pytest.mark.parametrize(("double", "number"), [("0" * 8, 2), ("f" * 8, 1)])
+def test_two_launches_that_claim_the_run_at_once_have_two_numbers(
+    double: str, number: int, tmp_path: Path
+) -> None:
+    """The one with the higher id goes on. It is the one that takes another number."""
+
+    def come(seconds: float) -> None:
+        if not any(tmp_path.glob(f"writers/*-{double}.json")):
+            write_writer(Writer(1, double), tmp_path)
+
+    fence = Fence(tmp_path, record(), sleep=come)
+    fence.claim()
+    fence.is_closed.set()
+    assert fence.writer is not None and fence.writer.number == number
+    assert (fence.newer is None) == (number == 2)
+    assert len(list((tmp_path / "writers").iterdir())) == 2
+
+
+def test_a_claim_fails_where_others_cannot_be_seen(tmp_path: Path) -> None:
+    def lose_the_bucket(seconds: float) -> None:
+        shutil.rmtree(tmp_path / "writers")
+        (tmp_path / "writers").write_text("")
+
+    with pytest.raises(OSError):
+        Fence(tmp_path, record(), sleep=lose_the_bucket).claim()
 
 
 def test_a_launch_that_is_fenced_off_leaves_its_claim(tmp_path: Path) -> None:
@@ -81,7 +118,7 @@ def test_a_launch_that_is_fenced_off_leaves_its_claim(tmp_path: Path) -> None:
     older = claimed(tmp_path)
     claimed(tmp_path)
     older.look()
-    older.withdraw()
+    older.withdraw(has_saved=False)
     assert len(list((tmp_path / "writers").iterdir())) == 2
 
 

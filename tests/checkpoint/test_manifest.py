@@ -18,7 +18,7 @@ from finetune.checkpoint.manifest import (
     files_of_rank,
     newest_checkpoint,
 )
-from helpers.checkpoints import flip_a_bit, make_checkpoint
+from helpers.checkpoints import begin_checkpoint, flip_a_bit, make_checkpoint, sign
 
 
 def test_a_rank_lists_the_files_that_it_wrote(tmp_path: Path) -> None:
@@ -38,9 +38,32 @@ def test_the_newest_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> No
     assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
 
 
+def test_of_two_checkpoints_of_one_step_that_of_the_newer_launch_is_the_newest(
+    tmp_path: Path,
+) -> None:
+    """An older one's may have become complete after all."""
+    for name in ("checkpoint-4.0009", "checkpoint-4.10000", "checkpoint-4", "checkpoint-3.0011"):
+        folder = begin_checkpoint(tmp_path, int(name[11]))
+        sign(folder.rename(tmp_path / name))
+    found = [folder.name for folder in complete_checkpoints(tmp_path)]
+    assert found == ["checkpoint-4.10000", "checkpoint-4.0009", "checkpoint-4", "checkpoint-3.0011"]
+
+
 def test_only_a_real_folder_with_the_name_of_a_step_is_a_checkpoint(tmp_path: Path) -> None:
     made = make_checkpoint(tmp_path, 4)
-    names = ("backup-4", "04", "4-old", "4 ", "+4", "1_0", "\N{ARABIC-INDIC DIGIT FOUR}", "", "-4")
+    names = (
+        "backup-4",
+        "4.2",
+        "4.0002.bak",
+        "04",
+        "4-old",
+        "4 ",
+        "+4",
+        "1_0",
+        "\N{ARABIC-INDIC DIGIT FOUR}",
+        "",
+        "-4",
+    )
     for name in names:
         (tmp_path / f"checkpoint-{name}").mkdir()
     (tmp_path / "checkpoint-5").symlink_to(made)

@@ -15,10 +15,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from transformers import TrainerControl, TrainerState
 
+from finetune.checkpoint.fence import Fence, FencedOff
+from finetune.checkpoint.fingerprint import RunRecord
 from finetune.checkpoint.manifest import MANIFEST, check_complete, read_manifest
 from finetune.checkpoint.saver import FULL_BYTES, LONGEST_SAVE_SECONDS, Phase, Saver
 from finetune.errors import UserError
 from finetune.preemption import PreemptionNotice
+from helpers.checkpoints import FINGERPRINT
 
 DEADLINE = 60.0  # seconds for what takes milliseconds
 SHARED_MEMORY = Path("/dev/shm")
@@ -74,7 +77,9 @@ class FakeUploader:
 class Run:
     """A saver and all that a test controls about it."""
 
-    def __init__(self, run_dir: Path, *, keep: int | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, *, keep: int | None = None, fence: Fence | None = None
+    ) -> None:
         self.run_dir = run_dir
         self.uploader = FakeUploader()
         self.now = 1000.0
@@ -86,6 +91,7 @@ class Run:
             every_minutes=5,
             keep=keep,
             manifest={"fingerprint": {"model": "m"}},
+            fence=fence,
             await_upload=self.uploader,
             clock=lambda: self.now,
             free_bytes=lambda folder: self.free,
@@ -114,7 +120,8 @@ class Run:
     def save(self, step: int) -> Path:
         """Start a save without tensors; its folder."""
         self.saver.save(step, None, write_file)
-        return self.run_dir / f"checkpoint-{step}"
+        assert self.saver.folder is not None
+        return self.saver.folder
 
     def save_completely(self, step: int) -> Path:
         folder = self.save(step)
@@ -147,11 +154,11 @@ def start_thread(work: Callable[[], Any]) -> threading.Thread:
 
 @pytest.fixture
 def make_run() -> Iterator[Callable[..., Run]]:
-    """Makes a Run of a folder and the number of checkpoints to keep."""
+    """Makes a Run, with Run's arguments."""
     runs: list[Run] = []
 
-    def make(run_dir: Path, *, keep: int | None = None) -> Run:
-        runs.append(Run(run_dir, keep=keep))
+    def make(run_dir: Path, **options: Any) -> Run:
+        runs.append(Run(run_dir, **options))
         return runs[-1]
 
     yield make
@@ -316,6 +323,39 @@ def test_a_step_is_saved_once(run: Run) -> None:
     run.save_completely(4)
     run.saver.save(4, None, lambda folder: pytest.fail("it was saved again"))
     assert run.phase is Phase.IDLE
+
+
+def claimed(run_dir: Path) -> Fence:
+    """That of a launch which claims the run now."""
+    record = RunRecord.from_json(FINGERPRINT, file=run_dir / MANIFEST)
+    fence = Fence(run_dir, record, await_upload=lambda files: None)
+    fence.claim()
+    fence.is_closed.set()  # the saver looks itself
+    return fence
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(folder.name for folder in run_dir.glob("checkpoint-*"))
+
+
+def test_no_launch_writes_where_another_one_does(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """An older one may still have files on their way to its folder of the same step."""
+    older = make_run(tmp_path, fence=claimed(tmp_path))
+    older.save(3)
+    newer = make_run(tmp_path, keep=1, fence=claimed(tmp_path))
+    (tmp_path / "checkpoint-3/scheduler.pt").write_text("of the older one")
+    newer.save_completely(3)
+    assert read_manifest(tmp_path / "checkpoint-3.0002")["step"] == 3
+    assert names(tmp_path) == ["checkpoint-3.0002"]  # the newest one is kept, as everywhere
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3/scheduler.pt").write_text("came late")
+    older.uploader.next().end()
+    with pytest.raises(FencedOff):
+        older.step_until(Phase.IDLE)
+    newer.save_completely(4)
+    assert names(tmp_path) == ["checkpoint-4.0002"]
 
 
 def test_what_an_earlier_launch_left_of_a_checkpoint_is_removed(run: Run) -> None:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from finetune.checkpoint.manifest import check_complete, step_of
+from finetune.checkpoint.manifest import check_complete, newest_checkpoint, step_of
 from helpers.launching import LORA, Launch, Start, await_event, finish
 from helpers.paths import CONVERSATIONS
 from rehearse import kill_node
@@ -49,7 +49,9 @@ def has_begun_to_save(run_dir: Path, *, after: int) -> bool:
 
 def history(run_dir: Path) -> list[tuple[int, float]]:
     """The step and the loss of every log entry, in full precision."""
-    state = json.loads((run_dir / f"checkpoint-{STEPS}/trainer_state.json").read_text())
+    newest = newest_checkpoint(run_dir)
+    assert newest is not None and step_of(newest) == STEPS
+    state = json.loads((newest / "trainer_state.json").read_text())
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
 
@@ -238,7 +240,7 @@ def test_a_run_is_resumed_on_another_number_of_processes(launch: Launch, tmp_pat
     resumed = launch(*flags, "--global_batch_size=4", num_processes=1)
     assert resumed.returncode == 0, resumed.stderr
     assert "global batch: 4 rows (1 a GPU, 4 times)" in resumed.stdout
-    state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
+    state = json.loads((tmp_path / "run/checkpoint-6.0002/trainer_state.json").read_text())
     for expected, actual in zip(unbroken["log_history"], state["log_history"], strict=True):
         if "loss" in expected:
             assert actual["loss"] == pytest.approx(expected["loss"], rel=1e-3)

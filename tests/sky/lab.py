@@ -157,7 +157,8 @@ def job_status(cluster: str) -> str:
 
 def loss_history(run_name: str) -> list[tuple[int, float]]:
     """Steps and losses of a finished run from the bucket, in full precision."""
-    key = f"{run_name}/checkpoint-{STEPS}/trainer_state.json"
+    found = [key for key in object_sizes(f"{run_name}/") if key.endswith("/trainer_state.json")]
+    key = f"{run_name}/{max(found, key=lambda key: step_of(key.split('/')[0]))}"
     state: dict[str, Any] = json.load(boto3.client("s3").get_object(Bucket=BUCKET, Key=key)["Body"])
     return [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
 
@@ -201,8 +202,13 @@ def step_being_uploaded(node: str) -> int | None:
     for record in cache.glob("*/.cache/rclone/*/vfsMeta/**/checkpoint-*/*.distcp"):
         with suppress(OSError, ValueError):  # it has been deleted, or is being written
             if json.loads(record.read_text())["Dirty"]:
-                return int(record.parent.name.removeprefix("checkpoint-"))
+                return step_of(record.parent.name)
     return None
+
+
+def step_of(checkpoint: str) -> int:
+    """The step in the name of a checkpoint's folder, checkpoint-STEP or checkpoint-STEP.LAUNCH."""
+    return int(checkpoint.removeprefix("checkpoint-").partition(".")[0])
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from lab import (
     run,
     scaled_down_options,
     slurmd,
+    step_of,
     suspended_during_upload,
     torn_down,
     wait_for_job_to_reach,
@@ -57,7 +58,7 @@ def await_checkpoint(run_name: str, *, from_step: int = 1) -> None:
 
     def steps() -> list[int]:
         return [
-            int(key.split("/")[0].removeprefix("checkpoint-"))
+            step_of(key.split("/")[0])
             for key in object_sizes(f"{run_name}/")
             if key.endswith(f"/{MANIFEST}")
         ]

@@ -98,8 +98,9 @@ def write_artifact(
     files = sorted(path for path in artifact.iterdir() if path.is_file())
     await_upload(files)
     check_fence()
-    # The card is for people, who may edit it, and evaluate.py writes its figures to both of these.
-    lasting = [file for file in files if file.name not in (CARD, EVALUATION)]
+    # The card is for people, who may edit it, and evaluate.py writes its figures to both. The plot
+    # may show less in a launch that only writes the result again.
+    lasting = [file for file in files if file.name not in (CARD, EVALUATION, LOSS_PLOT)]
     write_summary(artifact, summary, lasting)
     await_upload([artifact / SUMMARY])
 
@@ -107,11 +108,20 @@ def write_artifact(
 def fix_saved_config(artifact: Path) -> None:
     """Correct two entries of config.json that transformers takes from the model in training: it
     was in fp32 and had no key-value cache, while the saved weights are bf16 and serve with one.
+
+    And sort the set that PEFT 0.21.2 writes in any order: two launches of a run then write the same
+    bytes, and neither's upload, however late, damages what the other wrote.
     """
     file = artifact / "config.json"
     if file.exists():
         config = json.loads(file.read_text())
         file.write_text(json.dumps(config | {"dtype": "bfloat16", "use_cache": True}, indent=2))
+    file = artifact / "adapter_config.json"
+    if file.exists():
+        config = json.loads(file.read_text())
+        if isinstance(config["target_modules"], list):  # and not a regular expression
+            config["target_modules"].sort()
+        file.write_text(json.dumps(config, indent=2))
 
 
 def is_finished(artifact: Path) -> bool:

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
+from finetune.checkpoint.manifest import step_of
 from finetune.errors import UserError
 
 METADATA = ".metadata"
@@ -140,7 +141,7 @@ def check_contents(folder: Path) -> str | None:
     is_deepspeed = any(folder.glob("global_step*"))  # it has its own format for the tensors
     try:
         with naming(folder / TRAINER_STATE):
-            check_trainer_state(folder / TRAINER_STATE, step=int(folder.name.split("-")[-1]))
+            check_trainer_state(folder / TRAINER_STATE, step=step_of(folder))
         for file in small:
             if file.exists() or not is_deepspeed:
                 with naming(file):

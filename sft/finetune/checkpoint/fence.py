@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from finetune.checkpoint.writers import (
     Writer,
     check_newest_writer,
     file_of,
+    has_double,
     launch_numbers,
     new_writer,
     newest_writer,
@@ -73,17 +75,27 @@ class Fence:
         """Make this the newest launch, and begin to look out for newer ones.
 
         Raises UserError if the newest one before trains something else, OSError if the claim
-        cannot be written. Afterwards `newer` is set if another launch claimed the run meanwhile.
+        cannot be written, or those of others not read. Afterwards `newer` is set if another launch
+        claimed the run meanwhile.
         """
         if not self.ignore_fingerprint:
             check_newest_writer(self.run_dir, self.record)
         before = newest_writer(self.run_dir)
         numbers = [*launch_numbers(self.run_dir), before.number if before else 0]
-        self.writer = new_writer(max(numbers) + 1, self.record.identity())
+        writer = self.claim_number(max(numbers) + 1)
+        # A launch that has claimed the run at the same moment may have taken the same number, which
+        # is in the names of checkpoints: the one that goes on takes the next.
+        while self.look() is None and has_double(writer, self.run_dir):
+            double, writer = writer, self.claim_number(writer.number + 1)
+            file_of(double, self.run_dir).unlink(missing_ok=True)
+        threading.Thread(target=self.watch, name="fence", daemon=True).start()
+
+    def claim_number(self, number: int) -> Writer:
+        """Write this launch's file, and return when every other launch must see it."""
+        self.writer = new_writer(number, self.record.identity())
         self.await_upload([write_writer(self.writer, self.run_dir)])
         self.sleep(self.listing_lag(self.run_dir))
-        self.look()
-        threading.Thread(target=self.watch, name="fence", daemon=True).start()
+        return self.writer
 
     def look(self) -> Writer | None:
         """The newer launch, if there is one by now."""
@@ -107,12 +119,18 @@ class Fence:
         if newer is not None:
             raise FencedOff(newer)
 
-    def withdraw(self) -> None:
-        """Forget the claim of a launch that has left nothing: an older one that has not noticed it
-        yet goes on, and other settings may be tried.
+    def withdraw(self, *, has_saved: bool) -> None:
+        """Forget the claim of a launch that leaves no complete checkpoint: other settings may be
+        tried, and an older launch that has not noticed the claim yet goes on.
+
+        has_saved: it has begun to save one. Then its number stays taken, since its files may yet
+        reach the bucket.
         """
         self.is_closed.set()
         if self.writer is not None and self.newer is None:
             with suppress(OSError):  # what ended the launch is what the user must read
-                file_of(self.writer, self.run_dir).unlink(missing_ok=True)
+                if has_saved:
+                    write_writer(replace(self.writer, fingerprint={}), self.run_dir)
+                else:
+                    file_of(self.writer, self.run_dir).unlink(missing_ok=True)
             self.writer = None

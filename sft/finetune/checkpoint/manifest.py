@@ -9,8 +9,12 @@ checkpoint-40/manifest.json        size and SHA-256 of every file, step, process
 The manifest is written after all other files have reached the bucket. A checkpoint is complete if
 its manifest is there and every file has the size that the manifest names.
 
-Only a real folder whose name is that of a step is a checkpoint: not checkpoint-backup-40, which is
-somebody's copy, and not a symbolic link, which leads to what another run may own.
+A run's first launch names its folders so, and a later one adds its number: checkpoint-40.0002. No
+two launches write to one folder, because a node that was cut off from a mounted bucket uploads its
+cache whenever it is back, over whatever is there by then.
+
+Only a real folder with such a name is a checkpoint: not checkpoint-backup-40, which is somebody's
+copy, and not a symbolic link, which leads to what another run may own.
 """
 
 import hashlib
@@ -31,9 +35,14 @@ DRAFT = f"{MANIFEST}.new"  # what it is called until it is whole
 # Manifests of format 1 that were written before there were others do not name it.
 FORMAT = 1
 NO_MANIFEST = f"it has no {MANIFEST}: its saving, or its upload, did not come to an end"
-NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)", re.ASCII)
+NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)(?:\.([0-9]{4,}))?", re.ASCII)
 # The rank in the names that torch DCP, Trainer and DeepSpeed give to the files of one rank.
 WRITERS_RANK = re.compile(r"(?:^__|^rng_state_|_pp_rank_)(\d+)")
+
+
+def checkpoint_name(step: int, launch: int) -> str:
+    """What the launch of this number, from 1 on, calls its checkpoint of this step."""
+    return f"checkpoint-{step}" if launch == 1 else f"checkpoint-{step}.{launch:04}"
 
 
 def step_of(folder: Path) -> int:
@@ -45,12 +54,14 @@ def step_of(folder: Path) -> int:
 
 
 def named_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Whatever has the name of a checkpoint, also links and files, the highest step first.
+    """Whatever has the name of a checkpoint, also links and files, the highest step first, and of
+    one step the newest launch first.
 
-    Sorted by step and not by time: the clocks of two machines may disagree.
+    Sorted by these and not by time: the clocks of two machines may disagree.
     """
-    found = [path for path in Path(run_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=step_of, reverse=True)
+    names = [(path, NAME.fullmatch(path.name)) for path in Path(run_dir).glob("checkpoint-*")]
+    found = [(int(name[1]), int(name[2] or 1), path) for path, name in names if name]
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:

@@ -31,6 +31,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from finetune.checkpoint import bucket
 from finetune.checkpoint.fence import Fence, FencedOff
 from finetune.checkpoint.manifest import (
+    checkpoint_name,
     files_of_rank,
     manifest_entries,
     newest_checkpoint,
@@ -283,15 +284,16 @@ class Saver(TrainerCallback):
         # The save before this one must have ended: the stager's buffers are about to be filled
         # again, and while they are still being written that would corrupt its files.
         if not self.finish(gives_up=None if required else self.is_slow):
+            assert self.folder is not None
             PartialState().print(
-                f"checkpoint-{step} is not saved: checkpoint-{self.last_step} is still on its way "
+                f"checkpoint-{step} is not saved: {self.folder.name} is still on its way "
                 f"after {(started - self.last_saved) / 60:.0f} min",
                 flush=True,
             )
             return
         self.check_fence()
         self.raise_together(self.mount_problem())
-        self.folder = self.remove_remains(step)
+        self.folder = self.new_folder(step)
         self.report_failure(self.write_small_files(self.folder, write))
         written = self.start_dcp(self.folder, state_dict)
         self.job = self.executor.submit(self.write_and_upload, self.folder, written)
@@ -305,13 +307,14 @@ class Saver(TrainerCallback):
             if found is not None:
                 raise UserError(found)
 
-    def remove_remains(self, step: int) -> Path:
-        """The folder of this step's checkpoint, without what an earlier launch has left in it.
+    def new_folder(self, step: int) -> Path:
+        """This launch's folder for that step, on all ranks; what is left in it of a version that
+        named folders by their step alone is deleted.
 
         Raises UserError on all ranks if it holds what is not this run's.
         """
-        folder = self.run_dir / f"checkpoint-{step}"
-        problem = None
+        writer = self.fence.writer if self.fence is not None else None  # the first rank's
+        folder, problem = self.run_dir / checkpoint_name(step, writer.number if writer else 1), None
         if PartialState().is_main_process:
             try:
                 check_not_in_the_way(folder, self.fingerprint)
@@ -319,7 +322,7 @@ class Saver(TrainerCallback):
             except UserError as error:
                 problem = str(error)
         self.raise_together(problem)  # and no rank writes before rank 0 has deleted
-        return folder
+        return cast(Path, self.gather(folder)[0])
 
     def write_small_files(self, folder: Path, write: Callable[[Path], None]) -> Exception | None:
         """Call `write` on the folder; return the error, which the ranks have yet to share."""

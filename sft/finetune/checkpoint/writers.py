@@ -1,8 +1,9 @@
 """The launches that write to a run's folder: writers/NNNN-<id>.json, one small file for each.
 
 Its name alone orders the launches: the highest number is the newest, and of two launches that took
-one number at the same moment the one with the higher id. Its content says who that is: host,
-started (Unix time), the run's fingerprint. No launch ever writes over another one's file.
+one number at the same moment the one with the higher id, which then takes another number. Its
+content says who that is: host, started (Unix time), the run's fingerprint. No launch ever writes
+over another one's file.
 """
 
 import json
@@ -66,12 +67,22 @@ def newest_writer(run_dir: Path) -> Writer | None:
     """The newest launch that has claimed the run, or None. Raises OSError if the folder cannot be
     read.
     """
+    writers = named_writers(run_dir)
+    return with_content(max(writers), run_dir) if writers else None
+
+
+def has_double(writer: Writer, run_dir: Path) -> bool:
+    """Whether another launch has the same number. Raises OSError if the folder cannot be read."""
+    return any(w.number == writer.number and w != writer for w in named_writers(run_dir))
+
+
+def named_writers(run_dir: Path) -> list[Writer]:
+    """What the names of the files say: numbers and ids. Raises OSError as newest_writer does."""
     try:
         names = [match for path in (run_dir / FOLDER).iterdir() if (match := match_name(path))]
     except FileNotFoundError:
-        return None
-    writers = [Writer(int(match[1]), match[2]) for match in names]
-    return with_content(max(writers), run_dir) if writers else None
+        return []
+    return [Writer(int(match[1]), match[2]) for match in names]
 
 
 def launch_numbers(run_dir: str | Path) -> list[int]:

@@ -214,16 +214,26 @@ class ResumableSFTTrainer(SFTTrainer):
         step = self.state.global_step
         required = self.saver.preempted or step >= self.state.max_steps
         if self.is_deepspeed_enabled:
-            stock = super()._save_checkpoint
             weights = dict(self.model.named_parameters())
             check_tensors(weights, f"weights after step {step}", gather=self.saver.gather)
-            self.saver.save(step, None, lambda folder: stock(model, trial), required=required)
+            self.saver.save(step, None, self.write_with_deepspeed, required=required)
             return
         self.store_flos()  # Trainer does so first as well: it puts total_flos into the state
         state_dict = self.state_to_save()
         what = f"weights or optimizer states after step {step}"
         check_tensors(state_dict, what, gather=self.saver.gather)
         self.saver.save(step, state_dict, self.write_small_files, required=required)
+
+    def write_with_deepspeed(self, folder: Path) -> None:
+        """Weights, optimizer and small files in DeepSpeed's format: what Trainer's _save_checkpoint
+        does (transformers 5.23.0), which would choose the folder's name itself.
+        """
+        self.store_flos()
+        self.save_model(str(folder), _internal_call=True)
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_rng_state(str(folder))
+        if self.args.should_save:
+            self.state.save_to_json(str(folder / TRAINER_STATE))
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Called by Trainer on all ranks. After a notice: give the evaluation up, save the step and
