@@ -1,9 +1,9 @@
 """Two launches of one run at the same time: the newer goes on, the older stops by itself."""
 
 import json
-import os
-import signal
 from pathlib import Path
+
+import psutil
 
 from finetune.checkpoint.manifest import check_complete
 from helpers.launching import LORA, Launch, Start, await_event, finish
@@ -32,12 +32,16 @@ def test_the_newer_of_two_launches_ends_like_a_run_alone_and_the_older_stops(
     run_dir, alone = tmp_path / "run", tmp_path / "alone"
     older = start(*FLAGS)
     await_event((run_dir / "checkpoint-2/manifest.json").exists, older)
-    os.killpg(older.pid, signal.SIGSTOP)
+    # Not the process group: each rank has one of its own.
+    machine = [psutil.Process(older.pid), *psutil.Process(older.pid).children(recursive=True)]
+    for process in machine:
+        process.suspend()
     assert older.poll() is None
     newer = start(*FLAGS)
     await_event(lambda: len(list(run_dir.glob("writers/*.json"))) == 2, newer)
     assert newer.poll() is None, finish(newer)
-    os.killpg(older.pid, signal.SIGCONT)
+    for process in machine:
+        process.resume()
     stopped, finished = finish(older), finish(newer)
 
     said = stopped.stdout + stopped.stderr
