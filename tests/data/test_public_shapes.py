@@ -69,7 +69,15 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (saying("Yes.", weight=0.5), "refused: messages[1] has 0.5 as `weight`, not 0 or 1"),
     (saying("Yes.", mask=True), "refused: messages[1] has `mask`: say by `weight`, 0 or 1, whether the message is learnt"),
     (chat(HI, YES, loss_mask=[1]), "refused: `loss_mask` of the row is a list, but not of 2 times 0 or 1: one for each message"),
+    *((saying("Yes.", **{key: 0}), f"refused: messages[1] has `{key}`: say by `weight`, 0 or 1, whether the message is learnt") for key in ("loss_scale", "loss_weight", "include_in_loss")),
+    ({"prompt": "Hi", "completion": "Yes.", "label": False}, "refused: `label` is false: as in preference data, an answer that is not to be learnt"),
+    ({"prompt": "Hi", "completion": "Yes.", "label": True}, ANSWERED),
+    (chat(HI | {"attachments": ["a.png"]}, YES), "refused: messages[0] has `attachments`: gpt-oss reads text only"),
     # Shapes.
+    ({"system": f"SYSTEM: S -\n{json.dumps(TOOL)}\n", "chat": f"USER: Hi\n\n\nASSISTANT: <functioncall> {json.dumps(CALL)} <|endoftext|>\n\n\nFUNCTION RESPONSE: -3\n\n\nASSISTANT: Yes. <|endoftext|>\n"}, instructed("S\n\n# ToolsTOOLS") + CALLED + RESULT),
+    ({"system": "SYSTEM: S", "chat": "USER: Hi\n\nASSISTANT: Yes. <|endoftext|>"}, instructed("S") + ANSWERED),
+    ({"chat": [HI, YES]}, ANSWERED),
+    ({"chat": "Hi"}, "refused: chat is text that is not JSON, not an object with `role` and `content`"),
     ({"query": "Hi", "answers": json.dumps([CALL]), "tools": json.dumps([TOOL])}, f"TOOLS{CALLED}"),
     ({"instruction": "Hi", "context": "", "response": "Yes.", "category": "qa"}, ANSWERED),
     ({"instruction": "Hi", "context": "Here.", "response": "Yes."}, ANSWERED.replace("Hi", "Hi\n\nHere.")),
@@ -116,14 +124,18 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
         "<think>\nT\n</think>\n\nYes.", "T</think>Yes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
         "<|begin_of_thought|>T<|end_of_thought|>\n\n<|begin_of_solution|>Yes.<|end_of_solution|>", "<think>T</think><answer>Yes.</answer>",
         "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
-        "<|im_start|>assistant\n<think>T</think>Yes.<|im_end|>"]),
-    *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>"]),
+        "<|im_start|>assistant\n<think>T</think>Yes.<|im_end|>", "<Think>T</Think>Yes.", "<scratchpad>T</scratchpad>Yes.", "<|think|>T<|/think|>Yes.",
+        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "<|channel>thought\nT<channel|>Yes.", "<think>T</think><output>Yes.</output>"]),
+    *((saying("Yes.", **{key: "T"}), THOUGHT) for key in ("thoughts", "think", "chain_of_thought", "cot", "rationale", "reasoning_text")),
+    *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>", "Yes.<|end|><|endoftext|>", "Yes.<｜end▁of▁sentence｜>"]),
     *((saying(text), CALLED) for text in [
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
         "<tool_call>\n{'name': 'get_weather', 'arguments': {'city': 'Oslo'}}\n</tool_call>",
         '<functioncall> {"name": "get_weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>',
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
-        '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}']),
+        '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}',
+        '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Oslo"}}<|eom_id|>',
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]<|/tool_call|>']),
     (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
     (saying("Yes.", thinking="T", reasoning="U"), "refused: messages[1] has two different thoughts beside its `content`"),
@@ -137,7 +149,10 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (chat(HI, YES | {"function_call": {"name": None, "arguments": None}, "tool_calls": [None]}, tools="None", system="null"), ANSWERED),
     (chat(HI, CALLING, COLD, YES, tools=[None, {"function": {**TOOL, "parameters": {**SCHEMA, "properties": {**SCHEMA["properties"], "zip": {"type": None}}}}}]), f"TOOLS{CALLED}{RESULT}"),  # type: ignore[dict-item]
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo", "zip": float("nan")}}]}, tools=[TOOL]), f"TOOLS{CALLED}"),
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
     # Tools: where they stand, and their schemas.
+    (chat(HI, CALLING, tools=[TOOL | {"parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "City", "required": True}}}}]), f"TOOLS{CALLED}"),
+    (chat(HI, YES, tools=[TOOL | {"parameters": {"type": "object", "properties": [{"name": "city"}]}}]), "refused: tools[0] has a list as `properties`, not an object by names"),
     (chat({"role": "system", "content": "", "tools": [TOOL]}, HI, CALLING), f"TOOLS{CALLED}"),
     (chat(HI, CALLING, tools={"get_weather": {"description": "Weather now.", "arguments": SCHEMA}}), f"TOOLS{CALLED}"),
     (chat(HI, YES, tools=[TOOL], functions=[{"name": "add"}]), "refused: `tools` and `functions` offer different functions"),
@@ -198,7 +213,13 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        (saying("<Think>T</Think>Yes."), "messages[1] has `<Think>` in its text"),
+        (saying("<think x='y'>T</think>Yes."), "messages[1] has `<think>` behind the beginning"),
+        (saying("<analysis>T</analysis>Yes."), "messages[1] has `<analysis>` in its text"),
+        (saying("[get_weather(city='Oslo')]"), "messages[1] has `[get_weather(city='Oslo')]`"),
+        (saying("Thought: T\nAction: f\nAction Input: {}"), "messages[1] has `Action Input:`"),
+        (saying('<invoke name="f"></invoke>'), "messages[1] has `<invoke name=` in its text"),
+        (saying("<｜tool▁calls▁begin｜>f"), "messages[1] has `<｜tool▁calls▁begin｜>`"),
+        ({"prompt": "Human: Hi\n\nAssistant:", "completion": "Yes."}, "prompt has `Human:`"),
         (saying("analysisT assistantfinalYes."), "messages[1] has `analysis` in its text"),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
@@ -236,6 +257,15 @@ def test_results_whose_calls_repeat_an_id_are_paired_by_name_and_then_by_order()
     ]
     turns = to_conversation(chat(HI, {"role": "assistant", "tool_calls": calls}, *results, YES))
     assert [m["name"] for m in turns["messages"] if m["role"] == "tool"] == ["b", "a", "a"]
+
+
+def test_a_result_of_an_unknown_id_does_not_take_the_call_of_a_later_result() -> None:
+    calls = [{"id": key, "function": {"name": key, "arguments": "{}"}} for key in ("a", "b")]
+    results = [{"role": "tool", "tool_call_id": key, "content": key} for key in ("?", "a")]
+    row = chat(HI, {"role": "assistant", "tool_calls": calls}, *results, YES)
+    conversation, findings = read_row(row)
+    assert [m["name"] for m in conversation["messages"] if m["role"] == "tool"] == ["b", "a"]
+    assert "results whose id no call has, paired by name or order" in findings.notes
 
 
 def test_several_results_in_one_message_are_as_many_results() -> None:

@@ -71,11 +71,12 @@ def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
     return "{}"
 
 
-def take_answered(result: Row, unanswered: list[Row]) -> str:
+def take_answered(result: Row, unanswered: list[Row], later: set[str]) -> str:
     """The name of the function whose result this is. The call is taken out of `unanswered`.
 
     result: `id` and `name`, each None if it has none. The id decides. Where calls repeat an id, or
-    there is none, the result's own name decides, and then the order of the calls.
+    there is none, the result's own name decides, and then the order of the calls. later: the ids
+    of the results behind this one, which are left to them as long as there are other calls.
     """
     own_name = result["name"]
     same_id = [call for call in unanswered if result["id"] is not None]
@@ -84,7 +85,8 @@ def take_answered(result: Row, unanswered: list[Row]) -> str:
         name = str(same_id[0]["name"])
         call = same_id[0]
     else:
-        calls = same_id or unanswered
+        free = [call for call in unanswered if str(call["id"]) not in later]
+        calls = same_id or free or unanswered
         named = [call for call in calls if call["name"] == own_name]
         call = (named or calls)[0]
         name = str(own_name or call["name"])

@@ -99,6 +99,10 @@ def check_columns(row: Row, shape: str, findings: Findings) -> None:
         elif key == "history" and not is_nothing(value):
             columns = " and ".join(f"`{name}`" for name in sorted(SHAPES[shape].columns))
             findings.problems.append(f"`history` beside {columns}: put it into the messages")
+        elif key == "label" and value is False:
+            findings.problems.append(
+                "`label` is false: as in preference data, an answer that is not to be learnt"
+            )
         elif key in LOSS_KEYS and shape != "plain text":
             continue  # with_row_loss reads it
         elif not (is_absent(value) or (key == "reasoning" and isinstance(value, dict))):

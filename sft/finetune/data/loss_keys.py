@@ -10,6 +10,15 @@ LOSS_KEYS = ("loss", "train", "training", "trainable", "loss_mask", "weight")
 # Names that speak of the loss and mean different things to different programs.
 UNCLEAR_LOSS_KEYS = {"train_detail", "train_on", "train_on_turn", "is_train", "trained", "learn"}
 UNCLEAR_LOSS_KEYS |= {"compute_loss", "supervised", "mask", "masked", "ignore", "skip"}
+UNCLEAR_LOSS_KEYS |= {
+    "loss_weight",
+    "loss_scale",
+    "is_masked",
+    "skip_loss",
+    "no_loss",
+    "ignore_loss",
+}
+UNCLEAR_LOSS_KEYS |= {"include_in_loss", "in_loss", "learnable", "is_trainable", "should_train"}
 TRUE, FALSE = (True, 1, "1", "true", "True", "1.0"), (False, 0, "0", "false", "False", "0.0")
 
 

@@ -32,12 +32,27 @@ THINKING_TAGS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
+    ("<Think>", "</Think>"),
+    ("<THINK>", "</THINK>"),
+    ("<thoughts>", "</thoughts>"),
+    ("<thought_process>", "</thought_process>"),
+    ("<inner_thoughts>", "</inner_thoughts>"),
+    ("<inner_monologue>", "</inner_monologue>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<antThinking>", "</antThinking>"),
+    ("<|think|>", "<|/think|>"),
+    ("<|think_start|>", "<|think_end|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel>thought\n", "<channel|>"),
 )
 # What the answer may stand in, behind the thinking.
 SOLUTION_TAGS = (
     ("<|begin_of_solution|>", "<|end_of_solution|>"),
     ("<answer>", "</answer>"),
     ("<solution>", "</solution>"),
+    ("<response>", "</response>"),
+    ("<output>", "</output>"),
+    ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
 # Tokens with which another model opens and ends an answer. They are no part of it.
 OPENINGS = (
@@ -54,16 +69,22 @@ ENDS = (
     "<|endoftext|>",
     "<|end_of_text|>",
     "<end_of_turn>",
+    "<|end_of_turn|>",
+    "<｜end▁of▁sentence｜>",
     "<|return|>",
     "<|end|>",
     "</s>",
+    "<eos>",
 )
 # Markup of models that is left in a text: nothing of it is meant to be written by gpt-oss.
 FOREIGN = re.compile(
     r"<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
     r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
+    r"|<｜[^｜\n]{1,40}｜>|</?function_calls>|<invoke name=|</?minimax:\w+>|</?tool_use>"
+    r"|functools\[\{|\A\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|^Action Input:|<\|channel>|<SPECIAL_\d+>"
+    r"|\A\s*<(?:analysis|reason|reflection|plan)>|\A<s>"
     r"|\A ?analysis(?=[\s\S]*assistantfinal)|</s>\s*\Z",
-    re.IGNORECASE,
+    re.IGNORECASE | re.MULTILINE,
 )
 CALL_TAGS = (
     ("<tool_call>", "</tool_call>"),
@@ -71,6 +92,8 @@ CALL_TAGS = (
     ("<function_call>", "</function_call>"),
     ("<functioncall>", "</functioncall>"),
     ("[TOOL_CALLS]", "[/TOOL_CALLS]"),
+    ("<|tool_call|>", "<|/tool_call|>"),
+    ("<|python_tag|>", "<|eom_id|>"),
 )
 RESULT_TAGS = ("<tool_response>", "</tool_response>")
 # Markup that a document of plain text begins with if it was rendered for another model.
@@ -99,11 +122,12 @@ HARMONY = re.compile(
 )
 # Most answers have none of these, and are looked at no further.
 SIGNS = ("<", "[", "◁")
+WORDS = ("assistantfinal", "Action Input:")
 
 
 def foreign_tag(text: str) -> str | None:
     """Another model's markup in a text, in the words of a warning; None if there is none."""
-    if not any(sign in text for sign in SIGNS) and "assistantfinal" not in text:
+    if not any(sign in text for sign in (*SIGNS, *WORDS)):
         return None  # as most texts: the search below looks at each of their characters
     match = FOREIGN.search(text)
     return match and match[0].strip()
@@ -128,8 +152,9 @@ def without_frame(text: str, found: list[str]) -> str:
         if text.lstrip().startswith(opening):
             found.append(f"`{opening.strip()}` before an answer left out")
             text = text.lstrip().removeprefix(opening)
-    end = next((tag for tag in ENDS if text.rstrip().endswith(tag)), None)
-    if end is not None and text.count(end) == 1:
+    while (end := next((tag for tag in ENDS if text.rstrip().endswith(tag)), None)) is not None:
+        if text.count(end) > 1:
+            break
         found.append(f"`{end}` behind an answer left out")
         text = text.rstrip().removesuffix(end).rstrip("\n")
     return text
@@ -164,15 +189,15 @@ def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
         if opening not in text and closing not in text:
             continue
         # R1's template writes the opening tag itself, so that some datasets lack it.
-        is_implied = opening == "<think>" and opening not in text
+        is_implied = opening == "<think>" and "<think" not in text
         if not body.startswith(opening) and not is_implied:
-            if opening in ("<think>", "[THINK]"):
+            if opening in ("<think>", "[THINK]") or opening not in text:
                 raise Unclear(f"`{opening}` behind the beginning of its text")
             continue
         if text.count(opening) > 1 or text.count(closing) != 1:
             raise Unclear(f"`{opening}` and `{closing}` that do not make one pair")
         thinking, _, answer = body.removeprefix(opening).partition(closing)
-        found.append(f"`{opening}` read as thinking")
+        found.append(f"`{opening.strip()}` read as thinking")
         return thinking.strip(), unwrapped(answer)
     return "", text
 

@@ -7,6 +7,7 @@ is checked here.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from finetune.data import glaive
 from finetune.data.values import (
     Row,
     is_absent,
@@ -248,6 +249,16 @@ def read_dialogue(row: Row) -> list[Place]:
     ]
 
 
+def read_chat(row: Row) -> list[Place]:
+    """Glaive's `chat`, a text with the name of who speaks before each message; or messages."""
+    chat, system = parse_json(row["chat"]), row.get("system")
+    found = []
+    if isinstance(system, str) and not is_absent(system):
+        found.append(Place(glaive.system_message(system), "system"))
+    messages = glaive.messages_of_chat(chat) if isinstance(chat, str) else chat
+    return found + places(chat if messages is None else messages, "chat")
+
+
 # What may stand beside messages of any shape.
 TOOL_COLUMNS = ("tools", "functions", "available_tools")
 INSTRUCTION_COLUMNS = (
@@ -294,5 +305,6 @@ SHAPES = {
         {"prompt", "response"}, EXCHANGE, single_exchange("prompt", "response")
     ),
     "UltraChat data": Shape({"data"}, set(), read_dialogue),
+    "Glaive chat": Shape({"chat"}, {"system"}, read_chat),
     "plain text": Shape({"text"}, set(), lambda row: [Place(row["text"], "text")]),
 }

@@ -151,6 +151,8 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         keys = [key for key in PARAMETERS if not is_nothing(function.get(key))]
         findings.problems.append(f"{where} has different schemas in {' and '.join(keys)}")
     parameters = given[0] if given else parse_json(value_of(function, *PARAMETERS))
+    if isinstance(parameters, dict) and isinstance(parameters.get("properties"), list):
+        findings.problems.append(f"{where} has a list as `properties`, not an object by names")
     if parameters is not None and not isinstance(parameters, dict):
         what = type_in_words(parameters)
         findings.problems.append(f"{where} has {what} as `parameters`, not a JSON schema")
@@ -216,6 +218,13 @@ def clean_schema(schema: Any) -> Any:
                 if key == "properties" and isinstance(value, dict)
                 else clean_schema(value)
             )
+    properties = kept.get("properties")
+    if isinstance(properties, dict) and not isinstance(kept.get("required"), list):
+        # JSON schema's draft 3 marks each property.
+        names = [
+            n for n, v in properties.items() if isinstance(v, dict) and v.get("required") is True
+        ]
+        kept |= {"required": names} if names else {}
     if isinstance(kept.get("type"), str):
         named = type_of_name(kept["type"])
         kept |= {key: value for key, value in named.items() if key == "type" or key not in kept}
@@ -253,18 +262,21 @@ def allows_null(schema: Any) -> bool:
     )
 
 
-def without_added_nulls(arguments: Row, parameters: Any) -> Row:
-    """The arguments of a call without the nulls that no author wrote.
+def without_added_nulls(arguments: Any, schema: Any) -> Any:
+    """The arguments of a call without the nulls that no author wrote, at every level.
 
-    Exporters of tables give each call the arguments of all others, as nulls. A null is kept where
-    the function's schema allows it.
+    Exporters of tables give each object the keys of all others, as nulls. A null is kept where the
+    function's schema allows it. Items of lists stay.
     """
-    if None not in arguments.values():
+    schema = schema if isinstance(schema, dict) else {}
+    if isinstance(arguments, list):
+        return [without_added_nulls(item, schema.get("items")) for item in arguments]
+    if not isinstance(arguments, dict):
         return arguments
-    properties = parameters.get("properties") if isinstance(parameters, dict) else None
+    properties = schema.get("properties")
     properties = properties if isinstance(properties, dict) else {}
     return {
-        name: value
+        name: without_added_nulls(value, properties.get(name))
         for name, value in arguments.items()
         if value is not None or allows_null(properties.get(name))
     }

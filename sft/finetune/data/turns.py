@@ -1,5 +1,7 @@
 """The turns of a conversation in order: who speaks after whom, and which call a result answers."""
 
+from itertools import takewhile
+
 from finetune.data.calls import take_answered
 from finetune.data.findings import Findings
 from finetune.data.values import Row
@@ -25,7 +27,8 @@ def join_turns(turns: list[Row], findings: Findings) -> list[Row]:
             read_run(turns[start:end], findings)
             unanswered = [call for turn in turns[start:end] for call in turn["tool_calls"]]
         elif role == "tool":
-            answer(turns[start], unanswered, findings)
+            later = {str(turn["id"]) for turn in results_behind(turns, start)}
+            answer(turns[start], unanswered, later, findings)
         else:
             unanswered = []
         start = end
@@ -71,11 +74,20 @@ def read_run(run: list[Row], findings: Findings) -> None:
                 )
 
 
-def answer(turn: Row, unanswered: list[Row], findings: Findings) -> None:
+def results_behind(turns: list[Row], start: int) -> list[Row]:
+    """The results that follow the one at `start`, up to the next turn of another role."""
+    return list(takewhile(lambda turn: turn["role"] == "tool", turns[start + 1 :]))
+
+
+def answer(turn: Row, unanswered: list[Row], later: set[str], findings: Findings) -> None:
+    """Name the function whose result a turn is. later: the ids that the results behind it have."""
     if not unanswered:
         findings.problems.append(f"{turn['where']}: a tool's result that answers no call")
         return
-    turn["name"] = take_answered(turn, unanswered)
+    ids = {str(call["id"]) for call in unanswered} - {"None"}
+    if ids and turn["id"] is not None and str(turn["id"]) not in ids:
+        findings.notes.append("results whose id no call has, paired by name or order")
+    turn["name"] = take_answered(turn, unanswered, later)
 
 
 def finished(turn: Row) -> Row:
