@@ -181,6 +181,8 @@ def test_every_format_is_read_from_a_bucket(s3: str, tmp_path: Path) -> None:
 
 BAD_FILES = {
     "utf16.jsonl": (LINES.decode().encode("utf-16"), ": UTF-16, UTF-32 or no text at all: save it"),
+    "packed.jsonl": (gzip.compress(LINES), ": is packed by gzip: let its name end in .gz"),
+    "table.json": (parquet_bytes(), ": is Parquet: let its name end in .parquet"),
     "utf16be.csv": ("prompt,completion\n1,2".encode("utf-16-be"), ": UTF-16, UTF-32 or no text"),
     "cut.jsonl.gz": (gzip.compress(LINES)[:-9], " cannot be read after row"),
     "cut.jsonl.zst": (zstandard.compress(LINES)[:-9], " cannot be read after row 0: EOFError"),

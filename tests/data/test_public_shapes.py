@@ -95,6 +95,8 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"type": "human", "content": "Hi"}, {"type": "ai", "content": "Yes."}]}, ANSWERED),
     ({"messages": str([HI, YES])}, ANSWERED),
     ({"messages": "Human: Hi"}, "refused: messages is text that is not JSON, not an object with `role` and `content`"),
+    ({"data": [chat(HI, YES)]}, "refused: it holds rows under `data`: make each of them a line of a .jsonl file"),
+    ({"prompt": {"0": "Hi"}, "completion": {"0": "Yes."}}, "refused: it holds whole columns, as pandas writes them: to_json(orient='records', lines=True)"),
     ({"prompt": "Hi", "completion": None}, "refused: `completion` is null"),
     ({"prompt": "Hi", "chosen": "Yes.", "rejected": "No."}, "refused: it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"),
     (chat(HI, YES, history=[["a", "b"]]), "refused: `history` beside `messages`: put it into the messages"),

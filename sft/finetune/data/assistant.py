@@ -20,8 +20,18 @@ from finetune.data.values import (
 )
 
 # A message's own names for its thinking; a row has columns of its own called `analysis`.
-THINKING_KEYS = (*THINKING_FIELDS, "thought", "analysis", "reasoning_details", "reasoning_text")
-THINKING_KEYS += ("thoughts", "think", "chain_of_thought", "cot", "rationale")
+THINKING_KEYS = (
+    *THINKING_FIELDS,
+    "thought",
+    "thoughts",
+    "think",
+    "analysis",
+    "reasoning_details",
+    "reasoning_text",
+    "chain_of_thought",
+    "cot",
+    "rationale",
+)
 CALLING_ROLES = ("function_call", "tool_call")
 CHANNELS = {"analysis": "thinking", "commentary": "preamble", "final": "final"}
 

@@ -54,6 +54,8 @@ def read_row(row: Row) -> tuple[Row, Findings]:
 
 
 def read_conversation(row: Row, findings: Findings) -> Row:
+    if whole_table(row):
+        raise BadRow(whole_table(row))
     shape = shape_of(row)
     if shape is None:
         raise BadRow(no_shape(row))
@@ -74,6 +76,20 @@ def read_conversation(row: Row, findings: Findings) -> Row:
     joined = join_turns(turns, findings)
     check_offered(joined, schemas, findings)
     return {"messages": joined, "tools": tools, "reasoning_effort": effort}
+
+
+def whole_table(row: Row) -> str | None:
+    """That an object holds all rows of a dataset, and how to write them; None if it holds one."""
+    for name in ("data", "train", "test", "rows", "examples"):
+        items = row.get(name)
+        if isinstance(items, list) and items and isinstance(items[0], dict) and shape_of(items[0]):
+            return f"it holds rows under `{name}`: make each of them a line of a .jsonl file"
+    columns = list(row.values())
+    if columns and all(isinstance(column, dict) and "0" in column for column in columns):
+        return (
+            "it holds whole columns, as pandas writes them: to_json(orient='records', lines=True)"
+        )
+    return None
 
 
 def no_shape(row: Row) -> str:

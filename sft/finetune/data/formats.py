@@ -22,6 +22,16 @@ from finetune.errors import UserError
 
 BATCH_ROWS = 1000
 UNICODE_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16, and the first one of UTF-32 too
+# What a file of another kind than its name says begins with.
+SIGNATURES = {
+    b"\x1f\x8b": "is packed by gzip: let its name end in .gz",
+    b"PK\x03\x04": "is a zip archive or Excel: let its name end in .zip, or save it as CSV",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd: let its name end in .zst",
+    b"BZh": "is packed by bzip2: let its name end in .bz2",
+    b"\xfd7zX": "is packed by xz: let its name end in .xz",
+    b"PAR1": "is Parquet: let its name end in .parquet",
+    b"ARRO": "is Arrow: let its name end in .arrow",
+}
 
 
 def read_file(file: DataFile) -> Iterator[tuple[int, Row | str]]:
@@ -66,6 +76,9 @@ def rows_of_stream(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, Row
         return
     buffered = io.BufferedReader(cast(Any, plain), buffer_size=2**20)
     start = buffered.peek(4)[:4]
+    for signature, what in SIGNATURES.items():
+        if start.startswith(signature):
+            raise UserError(what)
     if start.startswith(UNICODE_MARKS) or b"\0" in start:
         raise UserError("UTF-16, UTF-32 or no text at all: save it as UTF-8")
     match text_format:
