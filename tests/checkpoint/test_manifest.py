@@ -91,6 +91,7 @@ ENTRY = {"size": 1, "sha256": "x"}
     ("changes", "reason"),
     [
         ({"step": 3}, "is of step 3: was the folder renamed or copied?"),
+        ({"launch": 2}, "of launch 2: was the folder renamed or copied?"),
         ({"step": None}, "is of step None"),
         ({"files": None}, "does not list its files"),
         ({"files": ["__0_0.distcp"]}, "does not list its files"),

@@ -55,11 +55,13 @@ def test_what_the_run_has_not_written_is_not_deleted(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     foreign = make_foreign(run_dir)
-    make_checkpoint(run_dir, 1)
+    copied = ("checkpoint-0", "checkpoint-1.0003")
+    for name in copied:
+        shutil.copytree(make_checkpoint(run_dir, 1), run_dir / name)
     begin_checkpoint(run_dir, 6)
     newest = make_checkpoint(run_dir, 7)
     prune_to(newest, keep=1)
-    assert names(run_dir) == {*foreign, "checkpoint-7"}
+    assert names(run_dir) == {*foreign, *copied, "checkpoint-7"}
     assert (run_dir / "checkpoint-2/scheduler.pt").exists()
 
 

@@ -40,17 +40,28 @@ NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)(?:\.([0-9]{4,}))?", re.ASCII)
 WRITERS_RANK = re.compile(r"(?:^__|^rng_state_|_pp_rank_)(\d+)")
 
 
+class MovedCheckpoint(ValueError):
+    """A manifest that is whole, and of a checkpoint with another name."""
+
+
 def checkpoint_name(step: int, launch: int) -> str:
     """What the launch of this number, from 1 on, calls its checkpoint of this step."""
     return f"checkpoint-{step}" if launch == 1 else f"checkpoint-{step}.{launch:04}"
 
 
-def step_of(folder: Path) -> int:
-    """The optimizer step in the name of a checkpoint. Raises ValueError if it holds none."""
+def step_and_launch(folder: Path) -> tuple[int, int]:
+    """The optimizer step and the launch's number in the name of a checkpoint. Raises ValueError if
+    it is none.
+    """
     match = NAME.fullmatch(folder.name)
     if match is None:
         raise ValueError(f"{folder.name} is not the name of a checkpoint, such as checkpoint-40")
-    return int(match[1])
+    return int(match[1]), int(match[2] or 1)
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in the name of a checkpoint. Raises ValueError if it holds none."""
+    return step_and_launch(folder)[0]
 
 
 def named_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -59,9 +70,8 @@ def named_checkpoints(run_dir: str | Path) -> list[Path]:
 
     Sorted by these and not by time: the clocks of two machines may disagree.
     """
-    names = [(path, NAME.fullmatch(path.name)) for path in Path(run_dir).glob("checkpoint-*")]
-    found = [(int(name[1]), int(name[2] or 1), path) for path, name in names if name]
-    return [path for _, _, path in sorted(found, reverse=True)]
+    found = [path for path in Path(run_dir).glob("checkpoint-*") if NAME.fullmatch(path.name)]
+    return sorted(found, key=step_and_launch, reverse=True)
 
 
 def checkpoints(run_dir: str | Path) -> list[Path]:
@@ -125,8 +135,11 @@ def sha256(file: Path) -> str:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> Path:
-    """Write the manifest, with format, step and a hash of itself added, and return its path."""
-    manifest = manifest | {"format": FORMAT, "step": step_of(folder)}
+    """Write the manifest, with format, step, the launch's number and a hash of itself added, and
+    return its path.
+    """
+    step, launch = step_and_launch(folder)
+    manifest = manifest | {"format": FORMAT, "step": step, "launch": launch}
     path = folder / MANIFEST
     # Under another name at first, so that a kill leaves the whole manifest or none: half of one is
     # then damage, and not a save that did not come to its end. On a mounted bucket this renames the
@@ -148,8 +161,8 @@ def sha256_of(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A checkpoint's manifest, without the hash of itself.
 
-    Raises OSError if it cannot be read, ValueError, saying why, if it is not as it was written or
-    not of this folder.
+    Raises OSError if it cannot be read, ValueError, saying why, if it is not as it was written,
+    MovedCheckpoint if it is not of this folder.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
@@ -175,9 +188,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_entries(manifest: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if the manifest lacks what is needed to compare the folder with it."""
-    if manifest.get("step") != step_of(folder):
-        raise ValueError(
-            f"its {MANIFEST} is of step {manifest.get('step')!r}: was the folder renamed or copied?"
+    # Until launches had numbers of their own, no folder's name held one.
+    step, launch = manifest.get("step"), manifest.get("launch", 1)
+    if (step, launch) != step_and_launch(folder):
+        of_launch = "" if launch == 1 else f" of launch {launch!r}"
+        raise MovedCheckpoint(
+            f"its {MANIFEST} is of step {step!r}{of_launch}: was the folder renamed or copied?"
         )
     if not isinstance(manifest.get("fingerprint", {}), dict):
         raise ValueError(f"the fingerprint in its {MANIFEST} is no object")

@@ -12,6 +12,7 @@ from finetune.checkpoint.fingerprint import is_same_fingerprint
 from finetune.checkpoint.manifest import (
     DRAFT,
     MANIFEST,
+    MovedCheckpoint,
     checkpoints,
     complete_checkpoints,
     is_real_folder,
@@ -48,6 +49,8 @@ def is_of_run(path: Path, fingerprint: dict[str, Any]) -> bool:
         return False
     try:
         manifest = read_manifest(path)
+    except MovedCheckpoint:  # somebody's copy
+        return False
     except (OSError, ValueError):  # it says nothing: is it the remains of a save?
         return has_our_files(path)
     return is_same_fingerprint(manifest.get("fingerprint", {}), fingerprint, file=path / MANIFEST)
