@@ -51,13 +51,16 @@ if __name__ == "__main__":
 import os
 import sys
 
+from transformers import PreTrainedTokenizerBase
+
 from finetune.errors import one_line_errors
 from finetune.export.base import open_base
 from finetune.export.card import default_name
 from finetune.export.merge import MergedWeights, open_merged
 from finetune.export.samples import conversations_of_run
-from finetune.export.served_client import Client
+from finetune.export.served_client import Client, Refusal
 from finetune.export.served_reference import (
+    Place,
     Reference,
     identity_of,
     keep,
@@ -82,7 +85,7 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     tokenizer = load_tokenizer(base.model_id, revision=base.revision)
     merged, _ = open_merged(run_weights, base)
     reference = load_reference(run_dir, merged, args)
-    served = [client.next_log_probs(place.tokens, tokenizer) for place in reference.places]
+    served = ask(client, reference.places, tokenizer)
     verdict = judge(align(reference.places, served), max_error=args.max_error)
     problem = template_problem(client, tokenizer)
     if problem is not None and verdict.ok:
@@ -93,6 +96,27 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     )
     print(verdict.text, flush=True)
     return verdict
+
+
+def ask(
+    client: Client, places: list[Place], tokenizer: PreTrainedTokenizerBase
+) -> list[dict[int, float]]:
+    """The server's log-probabilities at each place, by token id; none at a place that it refuses,
+    because its context is shorter than the conversation. Raises UserError if it refuses all.
+    """
+    served: list[dict[int, float]] = []
+    refusals = []
+    for place in places:
+        try:
+            served.append(client.next_log_probs(place.tokens, tokenizer))
+        except Refusal as refusal:
+            served.append({})
+            refusals.append(refusal)
+    if len(refusals) == len(places):
+        raise refusals[0]
+    if refusals:
+        print(f"{len(refusals)} of {len(places)} places left out: {refusals[0]}", flush=True)
+    return served
 
 
 def load_reference(run_dir: Path, merged: MergedWeights, args: VerifyArguments) -> Reference:

@@ -120,6 +120,14 @@ def test_another_chat_template_is_named(files: Path) -> None:
     assert found.ok is False and "chat template differs" in found.text
 
 
+def test_places_beyond_the_servers_context_are_left_out(files: Path, capsys: Any) -> None:
+    found = verdict(files, adapter=files / ADAPTER, context=256)
+    assert found.ok and found.text == AS_TRAINED
+    printed = capsys.readouterr().out
+    assert "of 64 places left out: " in printed and "/v1/completions answers 400" in printed
+    assert "exceeds the available context size" in printed
+
+
 def test_a_server_that_is_not_there_is_one_line(files: Path) -> None:
     with pytest.raises(UserError, match="cannot be reached .* is it serving"):
         verify("http://127.0.0.1:9", files / "run", VerifyArguments())

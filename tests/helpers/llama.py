@@ -18,14 +18,15 @@ def start_server(
     chat_template: str | None = None,
     port: int = 0,
     name: str | None = None,
+    context: int = 1024,
 ) -> xllamacpp.Server:
     """llama.cpp's server with this model, on a free port of loopback. It ends with the object.
 
-    name: of the model, in requests.
+    name: of the model, in requests. context: how many tokens a prompt and its answer may have.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
-    params.n_ctx, params.n_parallel, params.warmup = 1024, 1, False
+    params.n_ctx, params.n_parallel, params.warmup = context, 1, False
     params.fit_params = False  # it would load the model twice, to measure what fits
     params.cpuparams.n_threads = 2
     if adapter is not None:

@@ -20,6 +20,12 @@ NUM_TOKENS = 20  # that are asked for; vLLM gives no more by default (--max-logp
 TIMEOUT = 300  # seconds for one answer: a server may still be loading its kernels
 
 
+class Refusal(UserError):
+    """The server is there, and does not take this request, for example a prompt that is longer
+    than its context.
+    """
+
+
 class Client:
     """A server at `url`, such as http://localhost:8000, and a model's name there.
 
@@ -84,9 +90,8 @@ class Client:
             return response.json()
         except (httpx.HTTPStatusError, ValueError):
             text = " ".join(response.text.split())[:200]
-            raise UserError(
-                f"{self.shown_url}{path} answers {response.status_code}: {text}"
-            ) from None
+            error = Refusal if response.status_code in (400, 413, 422) else UserError
+            raise error(f"{self.shown_url}{path} answers {response.status_code}: {text}") from None
 
     def next_log_probs(
         self, tokens: list[int], tokenizer: PreTrainedTokenizerBase
