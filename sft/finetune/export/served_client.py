@@ -90,8 +90,8 @@ class Client:
             return response.json()
         except (httpx.HTTPStatusError, ValueError):
             text = " ".join(response.text.split())[:200]
-            error = Refusal if response.status_code in (400, 413, 422) else UserError
-            raise error(f"{self.shown_url}{path} answers {response.status_code}: {text}") from None
+            kind = Refusal if response.status_code in (400, 413, 422) else UserError
+            raise kind(f"{self.shown_url}{path} answers {response.status_code}: {text}") from None
 
     def next_log_probs(
         self, tokens: list[int], tokenizer: PreTrainedTokenizerBase
