@@ -100,7 +100,10 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
     if not data_args.conversation_start_date:
         data_args = replace(data_args, conversation_start_date=date.today().isoformat())
     with redirect_stdout(sys.stderr):  # so that --json prints JSON alone
-        rows = load_conversations(args.dataset, skip_bad_rows=data_args.skip_bad_rows)
+        skipped: list[str] = []
+        rows = load_conversations(
+            args.dataset, skip_bad_rows=data_args.skip_bad_rows, skipped=skipped
+        )
         tokenizer = load_tokenizer(args.tokenizer)
         tokens = render_all(rows, tokenizer, data_args)
     is_first = tokens.data["sample"].to_numpy() == 1
@@ -130,7 +133,16 @@ def main(args: PreviewArguments, data_args: DataArguments) -> None:
     for name, value in summary:
         table.add_row(name, Text(value))
     console.print(table)
-    show_verdict(console, args.dataset, rows, tokens, data_args, max_length=max_length, few=few)
+    show_verdict(
+        console,
+        args.dataset,
+        rows,
+        tokens,
+        data_args,
+        skipped=skipped,
+        max_length=max_length,
+        few=few,
+    )
 
 
 def task_config(task: TaskFile, data_args: DataArguments) -> Config:
@@ -213,10 +225,14 @@ def show_verdict(
     tokens: Dataset,
     data_args: DataArguments,
     *,
+    skipped: list[str],
     max_length: int | None,
     few: str | None,
 ) -> None:
-    """What is learnt, what is left out, and what looks wrong. few: the warning of few steps."""
+    """What is learnt, what is left out, and what looks wrong.
+
+    skipped: the bad rows that load_conversations left out. few: the warning of few steps.
+    """
     counts = count_turns(rows)
     is_repeated = any(source.weight > 1 for source in parse_sources(dataset))
     wrong = what_looks_wrong(
@@ -226,6 +242,7 @@ def show_verdict(
         wrong.append(f"{few[0].upper()}{few[1:]}.")
     console.rule("verdict")
     sentences = learnt_in_words(tokens, counts, data_args)
+    sentences += [f"Left out: {printable(line)}" for line in skipped]
     sentences += left_out_in_words(tokens, max_length=max_length, is_cut=data_args.truncate)
     for sentence in sentences:
         console.print(sentence, markup=False)

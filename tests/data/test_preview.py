@@ -107,6 +107,13 @@ def test_it_says_in_words_what_is_not_learnt_and_how_many_samples_there_are(
     assert "tokens more" not in shown and "the thinking of earlier turns" in shown
 
 
+def test_bad_rows_that_are_skipped_are_named_in_the_verdict(show: Any, tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "my.jsonl", ROW, {"messages": 7}, ROW)
+    skipping = DataArguments(conversation_start_date="2026-01-02", skip_bad_rows=True)
+    _, _, verdict = show(file, skipping).partition(" verdict ")
+    assert f"Left out: 1 of 3 rows of {file} are bad, such as {file}:2: messages is" in verdict
+
+
 def test_json_prints_every_conversation_and_nothing_else(show: Any, tmp_path: Path) -> None:
     file = write_rows(tmp_path / "my.jsonl", ROW, LONG, ROW)
     rows = [json.loads(line) for line in show(file, json=True, num_examples=1).splitlines()]

@@ -94,29 +94,41 @@ def load_splits(
 
 
 def load_conversations(
-    text: str, *, config: str | None = None, split: str = "train", skip_bad_rows: bool = False
+    text: str,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    skipped: list[str] | None = None,
 ) -> Dataset:
     """All conversations of the sources in `text`, as JSON in the column `conversation`.
 
     The column `shape` has the name of the shape that the row was in. Raises UserError with the
     file, the line and the problem of up to MAX_PROBLEMS bad rows; with skip_bad_rows these are
-    left out and printed instead.
+    left out and printed instead, and their number is put into `skipped`, a line for each source.
     """
     sources = parse_sources(text)
     if not sources:
         raise UserError("the dataset is empty: set DATASET to a file, a folder or a hub name")
     return concatenate_datasets(
         [
-            repeat(load_source(source, config, split, skip_bad_rows=skip_bad_rows), source.weight)
+            repeat(load_source(source, config, split, skip_bad_rows, skipped), source.weight)
             for source in sources
         ]
     )
 
 
 def load_source(
-    source: Source, config: str | None, split: str, *, skip_bad_rows: bool = False
+    source: Source,
+    config: str | None,
+    split: str,
+    skip_bad_rows: bool,
+    skipped: list[str] | None = None,
 ) -> Dataset:
-    """The conversations of one source, from the cache if it has not changed."""
+    """The conversations of one source, from the cache if it has not changed.
+
+    See load_conversations for `skipped`.
+    """
     # These arguments are the key of the cache, so a changed file is read again.
     kwargs: dict[str, Any]
     if is_file(source.name):
@@ -137,7 +149,7 @@ def load_source(
     )
     try:
         rows = Dataset.from_generator(conversations_of, gen_kwargs=kwargs, features=features)
-        return without_bad_rows(rows, source.name) if skip_bad_rows else rows
+        return without_bad_rows(rows, source.name, skipped) if skip_bad_rows else rows
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
@@ -155,7 +167,7 @@ def hash_of_code() -> str:
     return code.hexdigest()
 
 
-def without_bad_rows(rows: Dataset, name: str) -> Dataset:
+def without_bad_rows(rows: Dataset, name: str, skipped: list[str] | None = None) -> Dataset:
     """The rows that could be read; prints the others' number and names the first of them.
 
     Raises UserError if there are none.
@@ -166,8 +178,11 @@ def without_bad_rows(rows: Dataset, name: str) -> Dataset:
     bad = rows.select(np.flatnonzero(is_bad))
     name = without_secrets(name)
     PartialState().print(f"data: {name}: {len(bad)} bad rows left out (--skip_bad_rows)")
-    for line in first_warnings(bad):  # each names its file
-        PartialState().print(f"  {without_secrets(line)}")
+    lines = [without_secrets(line) for line in first_warnings(bad)]  # each names its file
+    for line in lines:
+        PartialState().print(f"  {line}")
+    if skipped is not None:
+        skipped.append(f"{len(bad):,} of {len(rows):,} rows of {name} are bad, such as {lines[0]}.")
     if is_bad.all():
         raise UserError(f"dataset {name!r}: no row is left; the first: {first_warnings(bad)[0]}")
     return rows.select(np.flatnonzero(~is_bad))
