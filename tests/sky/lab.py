@@ -155,6 +155,12 @@ def job_status(cluster: str) -> str:
     return re.findall(r'"status": "(\w+)"', run("sky", "queue", cluster, "-o", "json"))[0]
 
 
+def job_log(cluster: str, job: int) -> str:
+    """What a cluster's job has printed by now: its file, in the home that all machines share."""
+    logs = Path.home().glob(f".sky_clusters/{cluster}-*/sky_logs/{job}-*/run.log")
+    return "".join(log.read_text() for log in logs)
+
+
 def loss_history(run_name: str) -> list[tuple[int, float]]:
     """Steps and losses of a finished run from the bucket, in full precision."""
     found = [key for key in object_sizes(f"{run_name}/") if key.endswith("/trainer_state.json")]

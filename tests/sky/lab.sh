@@ -224,8 +224,9 @@ END
 )
 
 start_daemons() {
-  # uv links to its cache, or every node would hold a copy of torch in memory.
-  local node env=(UV_LINK_MODE=symlink "RCLONE_S3_ENDPOINT=http://127.0.0.1:$S3_PORT"
+  # uv links to its cache, or every node would hold a copy of torch in memory. A job that recovers makes its
+  # environment anew at the same path, and need not compile torch again.
+  local node env=(UV_LINK_MODE=symlink "PYTHONPYCACHEPREFIX=$LAB_HOME/.pycache" "RCLONE_S3_ENDPOINT=http://127.0.0.1:$S3_PORT"
     RCLONE_S3_PROVIDER=Other "${NETWORK_ENV[@]}")
   local login=(chroot "$M/login")
   "${login[@]}" install -d -o munge -g munge /run/munge

@@ -214,7 +214,7 @@ def test_what_a_cloud_needs_is_pinned() -> None:
     pins = re.findall(r"^([\w.-]+)==", "\n".join(lock.read_text() for lock in locks), re.M)
     pinned = {canonicalize_name(name) for name in pins}
     extras = Requirement(clouds).extras
-    assert {"gcp", "nebius", "runpod", "lambda", "kubernetes"} <= extras
+    assert {"azure", "gcp", "nebius", "runpod", "lambda", "kubernetes"} <= extras
     for needed in map(Requirement, metadata.requires("skypilot") or []):
         if needed.marker and any(needed.marker.evaluate({"extra": extra}) for extra in extras):
             assert canonicalize_name(needed.name) in pinned, needed

@@ -4,6 +4,9 @@ Before each look at a job SkyPilot's controller asks two public addresses whethe
 and looks no further if they are silent. A job in the lab needs no network but the lab's: SkyPilot's
 API server is asked instead.
 
+SkyPilot starts a controller for each few gigabytes of memory. One is enough for the lab's jobs, and
+each of the others would cost seconds of CPU.
+
 SkyPilot gives its API server 60 seconds to start, and a Slurm job as many to end: a busy machine
 exceeds them.
 """
@@ -18,6 +21,8 @@ def exec_and_change(self: SourceFileLoader, module: ModuleType) -> None:
     exec_module(self, module)
     if module.__name__ == "sky.backends.backend_utils":
         vars(module)["_TEST_IP_LIST"][:] = ["http://127.0.0.1:46580"]
+    if module.__name__ == "sky.utils.controller_utils":
+        vars(module)["MAX_CONTROLLERS"] = 1
     if module.__name__ == "sky.server.common":
         vars(module)["WAIT_APISERVER_START_TIMEOUT_SEC"] = 600
     if module.__name__ == "sky.provision.slurm.instance":
