@@ -209,7 +209,7 @@ def await_records(
             fewest, progressed = len(waiting), now
         if now - progressed > patience and not is_patient():
             refusal = cache.refusal(waiting)
-            reason = f"it refuses them ({refusal})" if refusal else "is it there?"
+            reason = f"it refuses them ({refusal})" if refusal else "it does not answer"
             raise UserError(
                 f"the bucket has taken none of {len(waiting)} files in {folder} for "
                 f"{patience / 60:g} minutes (UPLOAD_MINUTES): {reason}; may this machine write to "
