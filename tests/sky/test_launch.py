@@ -72,6 +72,8 @@ def test_all_of_120b_trains_on_two_nodes_and_not_where_one_lacks_the_data(model:
 
         log = launch(name, model)
         assert job_status(name) == "SUCCEEDED"
+    # The second time, setup has found everything in its place.
+    assert re.search(r"Checked \d+ packages", log) and "Installed" not in log
     assert log.count(" left · loss ") == STEPS
     assert f"processes: {NUM_RANKS}" in log
     assert_result_is_in_the_bucket(name, weights="model.safetensors")
@@ -98,7 +100,7 @@ def test_all_of_20b_gives_a_dead_bucket_up_and_its_machine_goes_when_a_slow_one_
     assert_result_is_in_the_bucket(name, weights="model.safetensors")
 
 
-def test_lora_on_120b_trains_without_a_bucket_and_a_failed_training_is_a_failed_job(
+def test_lora_on_120b_trains_without_a_bucket_and_its_checkpoints_stay_on_the_node(
     model: Path, tmp_path: Path
 ) -> None:
     """As the file says: an empty CHECKPOINT_BUCKET, and the three /checkpoints lines deleted."""
@@ -114,8 +116,3 @@ def test_lora_on_120b_trains_without_a_bucket_and_a_failed_training_is_a_failed_
         assert log.count(" left · loss ") == STEPS
         files = run("sky", "exec", name, f"ls /checkpoints/{name}/final")
         assert "adapter_model.safetensors" in files and "summary.json" in files
-
-        again = launch(name, model / "nowhere", *no_bucket, task_file=task_file, status=100)
-        assert job_status(name) == "FAILED"
-    # The second time, setup has found everything in its place.
-    assert re.search(r"Checked \d+ packages", again) and "Installed" not in again

@@ -7,6 +7,9 @@ API server is asked instead.
 SkyPilot starts a controller for each few gigabytes of memory. One is enough for the lab's jobs, and
 each of the others would cost seconds of CPU.
 
+SkyPilot asks every cluster for its state each minute, with seconds of CPU for each. The tests ask
+for themselves what they need to know.
+
 SkyPilot gives its API server 60 seconds to start, and a Slurm job as many to end: a busy machine
 exceeds them.
 """
@@ -23,6 +26,8 @@ def exec_and_change(self: SourceFileLoader, module: ModuleType) -> None:
         vars(module)["_TEST_IP_LIST"][:] = ["http://127.0.0.1:46580"]
     if module.__name__ == "sky.utils.controller_utils":
         vars(module)["MAX_CONTROLLERS"] = 1
+    if module.__name__ == "sky.server.constants":
+        vars(module)["CLUSTER_REFRESH_DAEMON_INTERVAL_SECONDS"] = 600
     if module.__name__ == "sky.server.common":
         vars(module)["WAIT_APISERVER_START_TIMEOUT_SEC"] = 600
     if module.__name__ == "sky.provision.slurm.instance":
