@@ -203,25 +203,39 @@ def choice_of(
     chosen = task.on(accelerators)
     try:
         config = parse_task(chosen, f"--dataset_name={args.dataset}")
-        gpu = gpu_named(chosen.accelerator)
-        key = gpu.name, config.training.per_device_train_batch_size
-        if key not in counted:
-            counted[key] = count_parts(chosen, config, gpu)
-        step = step_of(chosen, config, gpu, counted[key])
+        hours = hours_of(chosen, config, args, sequences, counted)
     except UserError as error:
         return {"accelerators": accelerators, "num_nodes": task.num_nodes, "problem": str(error)}
-    training = config.training
-    num_steps = num_training_steps(sequences, training, num_gpus=chosen.num_gpus)
-    hours = [num_steps * step.seconds / reached / 3600 for reached in REACHED]
-    if args.tokens_per_sec_per_gpu:
-        rate = args.tokens_per_sec_per_gpu
-        hours = [num_steps * step.accumulation * step.tokens / rate / 3600] * 2
     return {
         "accelerators": accelerators,
         "num_nodes": task.num_nodes,
         "hours": hours,
         "minutes": config.run.save_every_minutes,
     }
+
+
+def hours_of(
+    task: TaskFile,
+    config: Config,
+    args: QuoteArguments,
+    sequences: int,
+    counted: dict[tuple[str, int], dict[str, Cost]],
+) -> list[float]:
+    """Hours of training on these GPUs, at best and at worst. Raises UserError if the step cannot be
+    counted. counted: as in choice_of.
+    """
+    training = config.training
+    num_steps = num_training_steps(sequences, training, num_gpus=task.num_gpus)
+    rate = args.tokens_per_sec_per_gpu
+    if rate is not None and training.max_length:
+        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        return [num_steps * rows * training.max_length / rate / 3600] * 2
+    gpu = gpu_named(task.accelerator)
+    key = gpu.name, training.per_device_train_batch_size
+    if key not in counted:
+        counted[key] = count_parts(task, config, gpu)
+    step = step_of(task, config, gpu, counted[key])
+    return [num_steps * step.seconds / reached / 3600 for reached in REACHED]
 
 
 def offers_of(
