@@ -94,7 +94,7 @@ def test_all_of_20b_gives_a_dead_bucket_up_and_its_machine_goes_when_a_slow_one_
 
     launch(name, model, "-d", "--down")
     with suspended_during_upload(last_node(), wait=wait_until):
-        wait_until(lambda: "files are not uploaded after 1 min" in job_log(name, 2))
+        wait_until(lambda: "are not uploaded after 1 min" in job_log(name, 2))
     assert_nothing_is_left()
     assert name not in run("sky", "status", "--refresh")
     assert_result_is_in_the_bucket(name, weights="model.safetensors")
