@@ -92,7 +92,7 @@ def test_all_of_20b_gives_a_dead_bucket_up_and_its_machine_goes_when_a_slow_one_
     assert job_status(name) == "FAILED"
     assert "cached mount upload complete" not in log
 
-    launch(name, model, "-d", "--down")
+    launch(name, model, "-d", "-i", "1", "--down")
     with suspended_during_upload(last_node(), wait=wait_until):
         wait_until(lambda: "are not uploaded after 1 min" in job_log(name, 2))
     assert_nothing_is_left()
