@@ -155,13 +155,6 @@ def job_status(cluster: str) -> str:
     return re.findall(r'"status": "(\w+)"', run("sky", "queue", cluster, "-o", "json"))[0]
 
 
-def clusters() -> list[str]:
-    """The names of the clusters that SkyPilot finds when it looks for them."""
-    command = ["sky", "status", "--refresh", "-o", "json"]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    return [cluster["name"] for cluster in found]
-
-
 def job_log(cluster: str, job: int) -> str:
     """What a cluster's job has printed by now: its file, in the home that all machines share."""
     logs = Path.home().glob(f".sky_clusters/{cluster}-*/sky_logs/{job}-*/run.log")
