@@ -81,7 +81,12 @@ from finetune.data.sources import parse_sources
 from finetune.errors import UserError, one_line_errors
 from finetune.model.loading import load_tokenizer
 from finetune.task_file import TaskFile
-from finetune.training.num_steps import few_steps, num_training_steps, sequences_of
+from finetune.training.num_steps import (
+    few_steps,
+    num_training_steps,
+    sequences_of,
+    sequences_per_step,
+)
 
 PRICES = Path(__file__).parent / "finetune/benchmark/prices.py"
 REACHED = (0.6, 0.25)  # of a step's lower bound: the best and the worst that is assumed
@@ -228,7 +233,7 @@ def hours_of(
     num_steps = num_training_steps(sequences, training, num_gpus=task.num_gpus)
     rate = args.tokens_per_sec_per_gpu
     if rate is not None and training.max_length:
-        rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        rows = sequences_per_step(training, num_gpus=1)
         return [num_steps * rows * training.max_length / rate / 3600] * 2
     gpu = gpu_named(task.accelerator)
     key = gpu.name, training.per_device_train_batch_size

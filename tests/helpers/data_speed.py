@@ -15,7 +15,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,21 +67,23 @@ def main() -> None:
 
 def measure(file: Path, tokenizer_name: str) -> dict[str, float]:
     """Processor seconds, tokens a second, and the peak of memory before and after, in MiB."""
-    sys.path.insert(0, str(REPO / "sft"))
+    sys.path[:0] = [str(REPO / "sft"), str(REPO / "tests")]
     from finetune.data.dataset import count_tokens, load_conversations, tokenize
     from finetune.data.options import DataArguments
     from finetune.model.loading import load_tokenizer
+    from helpers.loading_memory import Peak
 
     tokenizer = load_tokenizer(tokenizer_name)
     options = DataArguments(conversation_start_date="2026-01-02")
-    before = memory_mib()
-    peak = PeakMemory()
+    peak = Peak(seconds=0.05)  # more often, its own seconds would count
+    peak.start()
     started = time.process_time()
     rows = load_conversations(str(file))
     read = time.process_time()
     tokens = tokenize(rows, tokenizer, options, max_length=4096)
     ended = time.process_time()
     num_tokens = count_tokens(tokens)
+    peak.stop()
     return {
         "conversations": len(rows),
         "samples": len(tokens),
@@ -90,32 +91,9 @@ def measure(file: Path, tokenizer_name: str) -> dict[str, float]:
         "seconds_reading": round(read - started, 2),
         "seconds_rendering_and_tokenising": round(ended - read, 2),
         "tokens_per_s": round(num_tokens / (ended - started)),
-        "mib_before": before,
-        "peak_mib": peak.stop(),
+        "mib_before": peak.before >> 20,
+        "peak_mib": peak.highest >> 20,
     }
-
-
-def memory_mib() -> int:
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) for line in status.splitlines() if "RssAnon" in line) // 1024
-
-
-class PeakMemory:
-    """The most memory from now on until `stop`, looked at many times a second."""
-
-    def __init__(self) -> None:
-        self.peak, self.ended = memory_mib(), threading.Event()
-        self.thread = threading.Thread(target=self.watch)
-        self.thread.start()
-
-    def watch(self) -> None:
-        while not self.ended.wait(0.05):
-            self.peak = max(self.peak, memory_mib())
-
-    def stop(self) -> int:
-        self.ended.set()
-        self.thread.join()
-        return self.peak
 
 
 if __name__ == "__main__":

@@ -29,15 +29,16 @@ def anonymous_bytes() -> int:
 
 
 class Peak(threading.Thread):
-    """Reads the memory of this process every millisecond and keeps the highest value."""
+    """Reads the memory of this process every so many seconds and keeps the highest value."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, seconds: float = 0.001) -> None:
         super().__init__(daemon=True)
+        self.seconds = seconds
         self.before = self.highest = anonymous_bytes()
         self.ended = threading.Event()
 
     def run(self) -> None:
-        while not self.ended.wait(0.001):
+        while not self.ended.wait(self.seconds):
             self.highest = max(self.highest, anonymous_bytes())
 
     def stop(self) -> dict[str, int]:

@@ -253,12 +253,15 @@ def few_layers(config: GptOssConfig, *, fewest: int = 2) -> list[GptOssConfig]:
     return configs
 
 
-def at_all_layers(values: list[Any], config: GptOssConfig, *, fewest: int = 2) -> Any:
-    """What is counted at all layers, from what was counted at those of few_layers(config).
+def at_all_layers(
+    counted: list[dict[str, Any]], config: GptOssConfig, *, fewest: int = 2
+) -> dict[str, Any]:
+    """What is counted at all layers, by name, from what was counted at those of few_layers(config).
 
     A fixed part and one for each pair of layers; for even numbers of layers it is exact.
     """
-    few, more = values[0], values[-1]
-    return (
-        few + (more - few) * ((config.num_hidden_layers - fewest) / 2) if len(values) > 1 else few
-    )
+    if len(counted) == 1:
+        return counted[0]
+    few, more = counted
+    pairs = (config.num_hidden_layers - fewest) / 2
+    return {name: few[name] + (more[name] - few[name]) * pairs for name in few}

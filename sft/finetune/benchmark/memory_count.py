@@ -152,9 +152,7 @@ def count(
         )
         for few in few_layers(config)
     ]
-    return {
-        name: round(at_all_layers([held[name] for held in counted], config)) for name in counted[0]
-    }
+    return {name: round(size) for name, size in at_all_layers(counted, config).items()}
 
 
 def count_layers(

@@ -201,7 +201,7 @@ def count_microbatch(
         counted.append(
             count_model(model, gpu, ids=(batch_size, max_length), rank=rank, packed=packed)
         )
-    return {part: at_all_layers([costs[part] for costs in counted], config) for part in PARTS}
+    return at_all_layers(counted, config)
 
 
 def count_model(

@@ -59,10 +59,8 @@ def count_sharded(
             )
             for few in few_layers(config, fewest=FEWEST)
         ]
-    return {
-        name: round(at_all_layers([held[name] for held in counted], config, fewest=FEWEST))
-        for name in counted[0]
-    }
+    held = at_all_layers(counted, config, fewest=FEWEST)
+    return {name: round(size) for name, size in held.items()}
 
 
 @contextmanager

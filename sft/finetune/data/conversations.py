@@ -10,7 +10,7 @@ from typing import Any
 from finetune.data.content import content_of
 from finetune.data.findings import Findings
 from finetune.data.loss_keys import LOSS_KEYS, with_row_loss
-from finetune.data.markup import TEMPLATES, foreign_tag
+from finetune.data.markup import foreign_tag, opening_of_template
 from finetune.data.messages import MEDIA_KEYS, read_message
 from finetune.data.shapes import COMMON, INSTRUCTION_COLUMNS, SHAPES, Place, shape_of
 from finetune.data.tools import read_row_tools
@@ -54,8 +54,8 @@ def read_row(row: Row) -> tuple[Row, Findings]:
 
 
 def read_conversation(row: Row, findings: Findings) -> Row:
-    if whole_table(row):
-        raise BadRow(whole_table(row))
+    if problem := whole_table(row):
+        raise BadRow(problem)
     shape = shape_of(row)
     if shape is None:
         raise BadRow(no_shape(row))
@@ -229,8 +229,7 @@ def read_document(row: Row, findings: Findings) -> Row:
         findings.problems.append("`text` is rendered already: give the `messages` it was made from")
     elif not is_unicode(text):
         findings.problems.append("`text` has half a surrogate pair: not valid Unicode")
-    elif text.lstrip().startswith(TEMPLATES):
-        tag = next(tag for tag in TEMPLATES if text.lstrip().startswith(tag))
+    elif tag := opening_of_template(text.lstrip()):
         findings.warnings.append(f"`text` begins with another model's `{tag}`: left as it stands")
     elif foreign_tag(text):
         findings.warnings.append(f"`text` has `{foreign_tag(text)}` in it: left as it stands")

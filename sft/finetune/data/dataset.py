@@ -184,7 +184,7 @@ def without_bad_rows(rows: Dataset, name: str, skipped: list[str] | None = None)
     if skipped is not None:
         skipped.append(f"{len(bad):,} of {len(rows):,} rows of {name} are bad, such as {lines[0]}.")
     if is_bad.all():
-        raise UserError(f"dataset {name!r}: no row is left; the first: {first_warnings(bad)[0]}")
+        raise UserError(f"dataset {name!r}: no row is left; the first: {lines[0]}")
     return rows.select(np.flatnonzero(~is_bad))
 
 

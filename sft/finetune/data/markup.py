@@ -125,6 +125,11 @@ SIGNS = ("<", "[", "◁")
 WORDS = ("assistantfinal", "Action Input:")
 
 
+def opening_of_template(text: str) -> str | None:
+    """The markup that a text begins with if it was rendered for another model; None otherwise."""
+    return next((opening for opening in TEMPLATES if text.startswith(opening)), None)
+
+
 def foreign_tag(text: str) -> str | None:
     """Another model's markup in a text, in the words of a warning; None if there is none."""
     if not any(sign in text for sign in (*SIGNS, *WORDS)):

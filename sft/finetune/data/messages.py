@@ -18,7 +18,7 @@ from finetune.data.content import (
 )
 from finetune.data.findings import Findings
 from finetune.data.loss_keys import LOSS_KEYS, UNCLEAR_LOSS_KEYS, is_in_loss
-from finetune.data.markup import TEMPLATES, foreign_tag
+from finetune.data.markup import foreign_tag, opening_of_template
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
@@ -92,8 +92,8 @@ def check_text(turn: Row, findings: Findings) -> None:
         if not is_unicode(text):
             findings.problems.append(f"{turn['where']} has half a surrogate pair: no valid Unicode")
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
-    if turn["role"] == "user" and turn["content"].startswith(TEMPLATES):
-        tag = next(opening for opening in TEMPLATES if turn["content"].startswith(opening)).strip()
+    if turn["role"] == "user" and (opening := opening_of_template(turn["content"])):
+        tag = opening.strip()
     if tag is not None and not any(w.startswith(turn["where"]) for w in findings.warnings):
         findings.warnings.append(f"{turn['where']} has `{tag}` in its text: left as it stands")
 

@@ -18,20 +18,18 @@ from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
 exec_module = SourceFileLoader.exec_module
+CHANGES = {
+    "sky.backends.backend_utils": {"_TEST_IP_LIST": ["http://127.0.0.1:46580"]},
+    "sky.utils.controller_utils": {"MAX_CONTROLLERS": 1},
+    "sky.server.constants": {"CLUSTER_REFRESH_DAEMON_INTERVAL_SECONDS": 600},
+    "sky.server.common": {"WAIT_APISERVER_START_TIMEOUT_SEC": 600},
+    "sky.provision.slurm.instance": {"_JOB_TERMINATION_TIMEOUT_SECONDS": 600},
+}
 
 
 def exec_and_change(self: SourceFileLoader, module: ModuleType) -> None:
     exec_module(self, module)
-    if module.__name__ == "sky.backends.backend_utils":
-        vars(module)["_TEST_IP_LIST"][:] = ["http://127.0.0.1:46580"]
-    if module.__name__ == "sky.utils.controller_utils":
-        vars(module)["MAX_CONTROLLERS"] = 1
-    if module.__name__ == "sky.server.constants":
-        vars(module)["CLUSTER_REFRESH_DAEMON_INTERVAL_SECONDS"] = 600
-    if module.__name__ == "sky.server.common":
-        vars(module)["WAIT_APISERVER_START_TIMEOUT_SEC"] = 600
-    if module.__name__ == "sky.provision.slurm.instance":
-        vars(module)["_JOB_TERMINATION_TIMEOUT_SECONDS"] = 600
+    vars(module).update(CHANGES.get(module.__name__, {}))
 
 
 SourceFileLoader.exec_module = exec_and_change  # type: ignore[assignment, method-assign]
