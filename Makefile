@@ -56,8 +56,7 @@ test-fast: check
 	$(PYTHON) -m pytest tests -m "not slow" -n 2
 
 test: check $(SKY)/.installed
-	$(PYTHON) -m pytest tests --ignore tests/runs -n 2
-	$(PYTHON) -m pytest tests/runs
+	$(PYTHON) -m pytest tests -n 2 --dist loadgroup
 	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_choices.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed

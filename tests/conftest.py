@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# Set before the hub's client is imported: no test waits for an answer from the network.
+# Set before the hub's client and torch are imported. No test waits for an answer from the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Several processes share the cores: threads of torch's would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from transformers import PreTrainedTokenizerBase
 
-from helpers.launching import Launch, Start, defaults, finish
+from helpers.launching import Launch, Start, defaults, finish, launch_command
 from helpers.paths import CONVERSATIONS, CPU_ENVS, REPO, VOCABULARY
 from helpers.vocabulary import fetch_ranks, make_tokenizer
 from rehearse import kill_node
@@ -108,20 +110,11 @@ def start(tiny_model: Path, tmp_path: Path) -> Iterator[Start]:
         script: Path = REPO / "sft/train.py",
         **envs: str,
     ) -> subprocess.Popen[str]:
-        command = [
-            *prefix,
-            str(Path(sys.executable).with_name("accelerate")),
-            "launch",
-            f"--config_file={REPO / 'sft' / config}",
-            "--num_machines=1",
-            f"--num_processes={num_processes}",
-            "--main_process_port=0",
-            str(script),
-            *defaults(tiny_model, tmp_path),
-        ]
+        flags = (*defaults(tiny_model, tmp_path), *flags)
+        command = launch_command(config, *flags, num_processes=num_processes, script=script)
         launchers.append(
             subprocess.Popen(
-                [*command, *flags],
+                [*prefix, *command],
                 env=os.environ | CPU_ENVS | envs,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -1,12 +1,13 @@
 """Flags for short runs of train.py, waiting for them, and reading the losses they print."""
 
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.paths import CONVERSATIONS
+from helpers.paths import CONVERSATIONS, REPO
 from rehearse import LOGGED_STEP
 
 Launch = Callable[..., subprocess.CompletedProcess[str]]
@@ -15,6 +16,22 @@ Start = Callable[..., subprocess.Popen[str]]
 LONGEST_RUN = 1500
 LONGEST_WAIT = 600
 LORA = ("ddp.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0", "--learning_rate=3e-2")
+
+
+def launch_command(
+    config: str, *flags: str, num_processes: int = 2, script: Path = REPO / "sft/train.py"
+) -> list[str]:
+    """The command that starts a script under `accelerate launch` with one of sft/'s configs."""
+    return [
+        str(Path(sys.executable).with_name("accelerate")),
+        "launch",
+        f"--config_file={REPO / 'sft' / config}",
+        "--num_machines=1",
+        f"--num_processes={num_processes}",
+        "--main_process_port=0",
+        str(script),
+        *flags,
+    ]
 
 
 def finish(launcher: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:

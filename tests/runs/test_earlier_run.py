@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from helpers.launching import launch_command
 from helpers.paths import CPU_ENVS, REPO
 
 EARLIER_RUN = Path(__file__).parent / "earlier_run"
@@ -88,15 +89,7 @@ def losses(file: Path) -> dict[int, float]:
 
 
 def test_it_is_resumed_and_trained_to_its_end(folder: Path, interrupted: Path) -> None:
-    output = run_in(
-        folder,
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        f"--config_file={REPO / 'sft/ddp.yaml'}",
-        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
-        str(REPO / "sft/train.py"),
-        *FLAGS,
-    )
+    output = run_in(folder, *launch_command("ddp.yaml", *FLAGS))
     assert "resuming from run/checkpoint-3" in output
     unbroken = losses(EARLIER_RUN / "unbroken_trainer_state.json")
     resumed = losses(interrupted / "checkpoint-6.0002/trainer_state.json")

@@ -4,7 +4,6 @@ one process, and moves the bytes that roofline.py counts.
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from finetune.benchmark.traffic import bytes_between_gpus, count_parameters
 from finetune.model.loading import load_config
 from helpers import sharded_step
+from helpers.launching import launch_command
 from helpers.paths import CPU_ENVS, REPO
 from helpers.tensors import assert_same
 
@@ -22,14 +22,9 @@ def test_a_sharded_step_has_eagers_gradients_and_moves_the_counted_bytes(
     what: str, config: str, tiny_model: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "gradients.safetensors"
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        f"--config_file={REPO / 'sft' / config}",
-        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
-        "--mixed_precision=no",
-        *(str(REPO / "tests/helpers/sharded_step.py"), str(tiny_model), what, str(file)),
-    ]
+    script = REPO / "tests/helpers/sharded_step.py"
+    command = launch_command(config, str(tiny_model), what, str(file), script=script)
+    command.insert(2, "--mixed_precision=no")
     subprocess.run(command, env=os.environ | CPU_ENVS, check=True)
 
     lora = what == "lora"

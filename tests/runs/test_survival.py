@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import psutil
@@ -17,25 +17,50 @@ import pytest
 from safetensors.torch import load_file
 
 from finetune.checkpoint.manifest import check_complete, newest_checkpoint, step_of
-from helpers.launching import LORA, Launch, Start, await_event, finish
-from helpers.paths import CONVERSATIONS
+from helpers.launching import (
+    LONGEST_RUN,
+    LORA,
+    Launch,
+    Start,
+    await_event,
+    defaults,
+    finish,
+    launch_command,
+)
+from helpers.paths import CONVERSATIONS, CPU_ENVS
 from rehearse import kill_node
 
 FULL = ("fsdp2.yaml",)
 # More than two epochs of a few conversations: kills fall inside an epoch and between two.
-STEPS = 48
-EXACT = (f"--max_steps={STEPS}", "--save_steps=1", "--gradient_accumulation_steps=2")
-ROUNDS = 4
+STEPS = 32
+EXACT = (f"--max_steps={STEPS}", "--gradient_accumulation_steps=2")
 KEY = "0" * 40  # an API key of W&B's length; the runs are offline
 
 
-@pytest.fixture
-def few_conversations(tmp_path: Path) -> str:
+@pytest.fixture(scope="module")
+def few_conversations(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The flag for a dataset of so few conversations that STEPS are more than two epochs."""
     lines = CONVERSATIONS.read_text().splitlines()
-    file = tmp_path / "few.jsonl"
-    file.write_text("\n".join(lines[:45]))
+    file = tmp_path_factory.mktemp("data") / "few.jsonl"
+    file.write_text("\n".join(lines[:30]))
     return f"--dataset_name={file}"
+
+
+@pytest.fixture(scope="module")
+def unbroken(
+    tiny_model: Path, few_conversations: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The folder of a run of a recipe that nothing happened to."""
+
+    @cache
+    def run(*recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp("unbroken")
+        config, *flags = (*recipe, *EXACT, few_conversations)
+        command = launch_command(config, *defaults(tiny_model, folder), *flags)
+        subprocess.run(command, env=os.environ | CPU_ENVS, check=True, timeout=LONGEST_RUN)
+        return folder / "run"
+
+    return run
 
 
 def newest_step(run_dir: Path) -> int:
@@ -65,18 +90,28 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
     assert all(expected[name].equal(actual[name]) for name in expected)
 
 
-@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("recipe", "killed"),
+    [
+        pytest.param(FULL, ("rank 0", "rank 1", "all"), marks=pytest.mark.xdist_group("full")),
+        (LORA, ("rank 1", "all")),
+    ],
+    ids=["full", "lora"],
+)
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
-    recipe: tuple[str, ...], launch: Launch, start: Start, few_conversations: str, tmp_path: Path
+    recipe: tuple[str, ...],
+    killed: tuple[str, ...],
+    launch: Launch,
+    start: Start,
+    few_conversations: str,
+    unbroken: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """SIGKILL to rank 0, to rank 1, or to all processes, in a run that saves every step."""
-    run_dir, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    flags = (*recipe, *EXACT, few_conversations)
-    result = launch(*flags, f"--output_dir={unbroken}")
-    assert result.returncode == 0, result.stderr
-
+    run_dir = tmp_path / "run"
+    flags = (*recipe, *EXACT, "--save_steps=1", few_conversations)
     moment, output = random.Random(0), ""
-    for number in range(ROUNDS):
+    for number, process in enumerate(killed):
         reached = newest_step(run_dir)
         # A rank whose peer was killed may wait for it for a day, in a collective of the saver's.
         # The launcher ends that rank after this many seconds instead of its usual 30.
@@ -88,10 +123,10 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
             time.sleep(moment.uniform(0, 0.5))
         assert launcher.poll() is None, finish(launcher)
         ranks = sorted(psutil.Process(launcher.pid).children(), key=lambda rank: rank.pid)
-        if number % 3 == 2:
+        if process == "all":
             kill_node(launcher)
         else:
-            ranks[number % 3].kill()
+            ranks[int(process[-1])].kill()
         result = finish(launcher)
         assert result.returncode != 0
         output += result.stdout
@@ -100,27 +135,25 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     result = launch(*flags)
     assert result.returncode == 0, result.stderr
     assert "is skipped: it has no manifest.json" in output + result.stdout
-    assert_same_run(run_dir, unbroken)
+    assert_same_run(run_dir, unbroken(*recipe))
     summary = json.loads((run_dir / "final/summary.json").read_text())
-    assert 1 <= summary["interruptions"] <= ROUNDS
+    assert 1 <= summary["interruptions"] <= len(killed)
     assert summary["minutes_lost"] > 0 and summary["saving_percent"] > 0
 
 
+@pytest.mark.xdist_group("full")
 def test_a_run_saves_at_sigterm_and_the_next_launch_continues_it(
-    launch: Launch, start: Start, few_conversations: str, tmp_path: Path
+    launch: Launch,
+    start: Start,
+    few_conversations: str,
+    unbroken: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """SIGTERM to the process group, as Slurm sends it and a machine that shuts down."""
-    price = "--price_per_hour=36000"
-    flags = (
-        *FULL,
-        few_conversations,
-        f"--max_steps={STEPS}",
-        "--gradient_accumulation_steps=2",
-        price,
-    )
+    flags = (*FULL, *EXACT, "--save_steps=1000", few_conversations, "--price_per_hour=36000")
     run_dir = tmp_path / "run"
     wandb = {"WANDB_API_KEY": KEY, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
-    launcher = start(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="sky-1_first", **wandb)
+    launcher = start(*flags, SKYPILOT_TASK_ID="sky-1_first", **wandb)
     await_event(lambda: list(run_dir.glob("launches/*")), launcher)
     os.killpg(launcher.pid, signal.SIGTERM)
     result = finish(launcher)
@@ -131,16 +164,14 @@ def test_a_run_saves_at_sigterm_and_the_next_launch_continues_it(
     assert not (run_dir / "final").exists()
 
     assert KEY not in result.stdout + result.stderr
-    result = launch(*flags, "--save_steps=1000", SKYPILOT_TASK_ID="second", **wandb)
+    result = launch(*flags, SKYPILOT_TASK_ID="second", **wandb)
     assert result.returncode == 0, result.stderr
     assert f"resuming from {run_dir}/checkpoint-{preempted[1]}" in result.stdout, result.stderr
     # Both launches belong to the W&B run of the first.
     records = sorted(tmp_path.glob("wandb/offline-run-*-sky-1_first/*.wandb"))
     told = [b"run/cost_while_training" in record.read_bytes() for record in records]
     assert told == [False, True]
-    unbroken = launch(*flags, "--save_steps=1000", f"--output_dir={tmp_path / 'unbroken'}")
-    assert unbroken.returncode == 0, unbroken.stderr
-    assert_same_run(run_dir, tmp_path / "unbroken")
+    assert_same_run(run_dir, unbroken(*FULL))
 
 
 def test_a_rank_that_hangs_is_named_and_the_run_ends(start: Start, tmp_path: Path) -> None:

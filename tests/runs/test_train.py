@@ -46,7 +46,7 @@ def test_a_full_run_is_sharded_and_not_trained_again_once_finished(
 
 def test_lora_trains_with_a_sharded_bf16_base_only(launch: Launch, tmp_path: Path) -> None:
     flags = ("fsdp2_lora.yaml", "--use_peft=true", "--lora_r=4", "--lora_dropout=0")
-    refused = launch(*flags)
+    refused = launch(*flags, num_processes=1)
     assert refused.returncode != 0
     assert "error: an MXFP4 base is not sharded" in refused.stderr
     assert "--dequantize true" in refused.stderr
