@@ -6,7 +6,7 @@
 # make test                                                       lint, types and all tests
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
 # make imports                                                    which module imports which, floor by floor
-# make sky [CLOUD="gcp nebius"]                                   SkyPilot, in .venv/sky, for AWS, Slurm and these clouds
+# make sky [CLOUD="gcp nebius"]                                   SkyPilot, in .venv/sky, for AWS, Kubernetes, Slurm and these
 # make lock                                                       pyproject.toml -> lock files
 #
 # Python: the first of 3.11, 3.12 and 3.13 that this machine has. PYTHON_VERSION=3.12 chooses another, in an

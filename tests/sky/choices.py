@@ -1,13 +1,13 @@
 """What SkyPilot's own optimizer chooses for the recipes on one cloud, with the catalogs of tests.
 
-    HOME=<a folder with .sky/catalogs/v8> python tests/sky/choices.py CLOUD...
+    HOME=<a folder with .sky/catalogs/v8> python tests/sky/choices.py [--network-tier TIER] CLOUD...
 
 Prints one JSON object a line: the cloud, the recipe, and the machine, or why there is none. It is a
 process of its own because SkyPilot reads HOME and the catalogs when it is imported.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,13 @@ def enable(cloud: str) -> None:
     global_user_state.set_enabled_clouds([cloud], CloudCapability.COMPUTE, WORKSPACE)
 
 
-def choice(path: Path, cloud: str) -> dict[str, Any]:
+def choice(path: Path, cloud: str, network_tier: str | None) -> dict[str, Any]:
+    """network_tier: replaces the recipe's, as that option of `sky launch` does."""
     config = yaml.safe_load(path.read_text())
     del config["file_mounts"]  # looking for the bucket needs the cloud's keys
     task = sky.Task.from_yaml_config(config, env_overrides=[("CHECKPOINT_BUCKET", "")])
+    if network_tier is not None:
+        task.set_resources_override({"network_tier": network_tier})
     with sky.Dag() as dag:
         dag.add(task)
     try:
@@ -51,7 +54,11 @@ def choice(path: Path, cloud: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    for cloud in sys.argv[1:]:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--network-tier")
+    parser.add_argument("clouds", nargs="+")
+    args = parser.parse_args()
+    for cloud in args.clouds:
         enable(cloud)
         for path in sorted(REPO.glob("*.yaml")):
-            print(json.dumps(choice(path, cloud)), flush=True)
+            print(json.dumps(choice(path, cloud, args.network_tier)), flush=True)
