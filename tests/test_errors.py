@@ -2,13 +2,13 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from finetune.errors import fail, only_warn
-from helpers.paths import CPU_ENVS, REPO
+from helpers.launching import launch_command
+from helpers.paths import CPU_ENVS
 
 SCRIPT = """
 import sys
@@ -27,16 +27,12 @@ with one_line_errors():
 def test_an_error_of_one_or_all_ranks_is_printed_once(ranks: str, tmp_path: Path) -> None:
     script = tmp_path / "fails.py"
     script.write_text(SCRIPT)
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        f"--config_file={REPO / 'sft/ddp.yaml'}",
-        *("--num_machines=1", "--num_processes=2", "--main_process_port=0"),
-        *(str(script), ranks),
-    ]
+    command = launch_command("ddp.yaml", ranks, script=script)
     result = subprocess.run(command, env=os.environ | CPU_ENVS, capture_output=True, text=True)
     assert result.returncode != 0
     assert result.stderr.count("error: the disk is gone") == 1
+    # The launcher's report ends the log.
+    assert "Root Cause" in result.stderr and "  traceback : the disk is gone\n" in result.stderr
 
 
 def test_what_is_nice_to_have_warns_in_one_line_and_raises_nothing(

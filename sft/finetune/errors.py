@@ -1,11 +1,14 @@
 """Errors a user can act on: one line that says what was wrong, where, and what to do."""
 
 import errno
+import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from safetensors import SafetensorError
@@ -81,7 +84,18 @@ def fail(message: str) -> NoReturn:
         # An error may quote data; what would steer the terminal is written out.
         lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
         print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
+        tell_launcher("\n  ".join(lines))
     sys.exit(1)
+
+
+def tell_launcher(message: str) -> None:
+    """The launcher prints a traceback of its own, and a report of which rank has failed. It comes
+    last in the log, so it says the reason too. The file's form is that of torch's ErrorHandler.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        with suppress(OSError):  # the disk may be what has failed
+            Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def is_first_to_fail() -> bool:

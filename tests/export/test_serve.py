@@ -6,15 +6,17 @@ Its own run block is run, with llama.cpp in the place of vLLM, which needs a GPU
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
 from finetune.export.gguf_model import MODEL, write_model
 from finetune.model.loading import load_tokenizer
 from helpers.finished_runs import open_run, save_adapter_run
-from helpers.launching import LONGEST_WAIT
+from helpers.launching import LONGEST_WAIT, await_event
 from helpers.paths import CPU_ENVS, REPO
 from rehearse import free_port, kill_node, map_mounts
 
@@ -62,11 +64,27 @@ def serve(work: Path, log: Path, **envs: str) -> subprocess.Popen[str]:
         )
 
 
+def addresses(shell: subprocess.Popen[str]) -> set[str]:
+    """Where the processes of a shell listen."""
+    found = set()
+    for process in psutil.Process(shell.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a short one, such as curl
+            connections = process.net_connections(kind="tcp")
+            found |= {link.laddr.ip for link in connections if link.status == psutil.CONN_LISTEN}
+    return found
+
+
 @pytest.mark.slow
 def test_a_server_whose_adapter_does_nothing_is_ended(work: Path, tmp_path: Path) -> None:
+    """Until then it listens on loopback alone, whatever SERVE_ARGS says, so that no path of it can
+    be asked from another machine.
+    """
     log = tmp_path / "log"
-    running = serve(work, log, ADAPTER="")
+    running = serve(work, log, ADAPTER="", SERVE_ARGS="--host 0.0.0.0")
     try:
+        await_event(lambda: addresses(running), running)
+        assert running.poll() is None, log.read_text()
+        assert addresses(running) == {"127.0.0.1"}
         assert running.wait(timeout=LONGEST_WAIT) == 1, log.read_text()
         assert "the base answers: what was trained is not applied" in log.read_text()
         assert "secret" not in log.read_text()

@@ -16,13 +16,15 @@ def start_server(
     scale: float = 1.0,
     key: str | None = None,
     chat_template: str | None = None,
+    host: str | None = None,
     port: int = 0,
     name: str | None = None,
     context: int = 1024,
 ) -> xllamacpp.Server:
     """llama.cpp's server with this model, on a free port of loopback. It ends with the object.
 
-    name: of the model, in requests. context: how many tokens a prompt and its answer may have.
+    host: the address to listen on instead. name: of the model, in requests. context: how many
+    tokens a prompt and its answer may have.
     """
     params = xllamacpp.CommonParams()
     params.model.path = str(model)
@@ -35,6 +37,8 @@ def start_server(
         params.api_keys = [key]
     if chat_template is not None:
         params.chat_template = chat_template
+    if host is not None:
+        params.hostnames = [host]
     if port:
         params.port = port
     if name is not None:

@@ -13,7 +13,9 @@ from helpers.llama import start_server
 
 
 def value_of(flag: str) -> str:
-    return sys.argv[sys.argv.index(flag) + 1]
+    """As argparse reads it, and so vLLM: of a flag that is given twice, the last value."""
+    *_, last = (index for index, word in enumerate(sys.argv) if word == flag)
+    return sys.argv[last + 1]
 
 
 adapter = os.environ.get("ADAPTER")
@@ -21,6 +23,7 @@ server = start_server(
     Path(os.environ["GGUF"]),
     adapter=Path(adapter) if adapter else None,
     key=os.environ["VLLM_API_KEY"],
+    host=value_of("--host"),
     port=int(value_of("--port")),
     name=value_of("--lora-modules").partition("=")[0],
 )
