@@ -3,7 +3,7 @@
 # make preview DATASET=my.jsonl [TASK=...] [N=3] [TOKENIZER=...]  what the model will see, and the size of an epoch
 # make quote DATASET=my.jsonl [TASK=...] [QUOTE_ARGS="--clouds aws gcp"]  hours, dollars and the launch line of a run
 # make test-fast                                                  lint, types and the tests that take seconds
-# make test                                                       lint, types and all tests
+# make test [SELECT="not long"]                                   lint, types and all tests, or those of some markers
 # make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
 # make imports                                                    which module imports which, floor by floor
 # make sky [CLOUD="gcp nebius"]                                   SkyPilot, in .venv/sky, for AWS, Kubernetes, Slurm and these
@@ -35,6 +35,8 @@ REFERENCE := gpt-oss==0.0.9
 # The renderer that vLLM 0.33.0 depends on. Its module has the name of openai-harmony's, so it has a folder of its own.
 RENDERER := oss-harmony==0.0.11
 
+SELECTED := $(if $(SELECT),-m '$(SELECT)')
+
 .PHONY: rehearse preview quote check test-fast test test-sky imports sky lock clean
 
 rehearse: $(TRAIN)/.installed
@@ -56,11 +58,11 @@ test-fast: check
 	$(PYTHON) -m pytest tests -m "not slow" -n 2
 
 test: check $(SKY)/.installed
-	$(PYTHON) -m pytest tests -n 2 --dist loadgroup
+	$(PYTHON) -m pytest tests -n 2 --dist loadgroup $(SELECTED)
 	$(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_tasks.py tests/sky/test_choices.py tests/sky/test_docs.py
 
 test-sky: $(TRAIN)/.installed $(SKY)/.installed
-	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_two_mounts.py tests/sky/test_launch.py tests/sky/test_jobs.py
+	SKY_BIN=$(CURDIR)/$(SKY)/bin tests/sky/lab.sh $(SKY)/bin/python -m pytest --confcutdir tests/sky tests/sky/test_two_mounts.py tests/sky/test_launch.py tests/sky/test_jobs.py $(SELECTED)
 
 imports: $(TRAIN)/.installed
 	$(PYTHON) tests/helpers/imports.py

@@ -221,6 +221,7 @@ def stripped(output: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("command", "pasted"), pasted_outputs(), ids=ids([command for command, _ in pasted_outputs()])
 )

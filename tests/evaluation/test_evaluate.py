@@ -127,6 +127,7 @@ def test_a_resumed_lora_run_is_evaluated_from_its_base_and_the_losses_are_right(
             assert row["loss"][when] == pytest.approx(sum(values) / len(values), rel=2e-3), name
 
 
+@pytest.mark.long
 def test_a_run_of_all_weights_is_evaluated_from_its_artifact_alone(
     launch: Launch, tmp_path: Path
 ) -> None:

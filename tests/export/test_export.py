@@ -298,6 +298,7 @@ def test_a_full_run_is_exported_as_whole_weights(
     assert all(final[name].equal(again[name]) for name in final)
 
 
+@pytest.mark.long
 def test_a_run_is_exported_while_it_trains_on(start: Start, tmp_path: Path) -> None:
     """Its newest complete checkpoint is exported, and the run goes on undisturbed."""
     run_dir = tmp_path / "run"

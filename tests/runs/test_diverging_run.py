@@ -44,6 +44,7 @@ def test_a_nan_on_one_rank_ends_all_and_the_save_under_way_is_completed(
     assert not (tmp_path / f"run/checkpoint-{GOOD_STEPS + 1}").exists()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     shutil.which("c++") is None, reason="DeepSpeed builds its AdamW for the CPU with a C++ compiler"
 )

@@ -117,6 +117,7 @@ def test_its_interrupted_checkpoint_is_exported_as_an_adapter(
     assert "KL from the trained model" in output  # it was verified
 
 
+@pytest.mark.long
 def test_its_finished_artifact_is_exported_as_mxfp4(folder: Path, finished: Path) -> None:
     output = run_in(folder, *script("export.py"), "run", "--format=mxfp4", "--output=mxfp4")
     assert "KL from the trained model" in output
@@ -124,6 +125,7 @@ def test_its_finished_artifact_is_exported_as_mxfp4(folder: Path, finished: Path
     assert config["quantization_config"]["quant_method"] == "mxfp4"
 
 
+@pytest.mark.long
 def test_its_finished_artifact_is_evaluated(folder: Path, finished: Path) -> None:
     flags = ("--num_generations=1", "--max_new_tokens=8")
     run_in(folder, *script("evaluate.py"), "run", *flags)

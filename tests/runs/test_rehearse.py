@@ -30,7 +30,11 @@ of_20b_lora = pytest.mark.xdist_group("rehearsals of gpt-oss-20b-lora")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param("gpt-oss-20b-lora", marks=of_20b_lora), "gpt-oss-120b-sft"]
+    "name",
+    [
+        pytest.param("gpt-oss-20b-lora", marks=of_20b_lora),
+        pytest.param("gpt-oss-120b-sft", marks=pytest.mark.long),
+    ],
 )
 def test_a_task_file_runs_to_its_end(name: str) -> None:
     """Data parallel LoRA, and all weights sharded over two nodes. tests/sky launches all four."""

@@ -143,6 +143,7 @@ def aws_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[lis
         machine.kill()
 
 
+@pytest.mark.long
 def test_a_notice_of_aws_alone_saves_and_ends_with_the_status_that_is_launched_again(
     start_task: StartTask, aws_machine: list[str], tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
     ("recipe", "killed"),
     [
         pytest.param(FULL, ("rank 0", "rank 1", "all"), marks=pytest.mark.xdist_group("full")),
-        (LORA, ("rank 1", "all")),
+        pytest.param(LORA, ("rank 1", "all"), marks=pytest.mark.long),
     ],
     ids=["full", "lora"],
 )

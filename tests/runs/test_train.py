@@ -58,6 +58,7 @@ def test_lora_trains_with_a_sharded_bf16_base_only(launch: Launch, tmp_path: Pat
     assert all(tensor.abs().sum() > 0 for tensor in adapter.values())
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     shutil.which("c++") is None, reason="DeepSpeed builds its AdamW for the CPU with a C++ compiler"
 )

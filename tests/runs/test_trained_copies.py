@@ -28,7 +28,12 @@ FLAGS = (
 
 
 @pytest.mark.parametrize(
-    "recipe", [("ddp.yaml",), ("fsdp2_lora.yaml", "--dequantize=true")], ids=["ddp", "fsdp2"]
+    "recipe",
+    [
+        ("ddp.yaml",),
+        pytest.param(("fsdp2_lora.yaml", "--dequantize=true"), marks=pytest.mark.long),
+    ],
+    ids=["ddp", "fsdp2"],
 )
 def test_a_small_rate_moves_the_trained_copies(
     recipe: tuple[str, ...], launch: Launch, tmp_path: Path, tiny_model: Path

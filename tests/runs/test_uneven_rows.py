@@ -10,7 +10,9 @@ from helpers.paths import CONVERSATIONS
 
 
 @pytest.mark.parametrize(
-    "recipe", [("fsdp2.yaml",), (*LORA, "--packing=false")], ids=["full", "lora"]
+    "recipe",
+    [pytest.param(("fsdp2.yaml",), marks=pytest.mark.long), (*LORA, "--packing=false")],
+    ids=["full", "lora"],
 )
 def test_two_ranks_train_on_three_rows_as_one_rank_does(
     recipe: tuple[str, ...], launch: Launch, tmp_path: Path

@@ -10,6 +10,8 @@ A launch costs minutes, so each file is tried together with something that can g
 import re
 from pathlib import Path
 
+import pytest
+
 from lab import (
     CONVERSATIONS,
     NUM_RANKS,
@@ -79,6 +81,7 @@ def test_all_of_120b_trains_on_two_nodes_and_not_where_one_lacks_the_data(model:
     assert_result_is_in_the_bucket(name, weights="model.safetensors")
 
 
+@pytest.mark.long
 def test_all_of_20b_gives_a_dead_bucket_up_and_its_machine_goes_when_a_slow_one_has_all(
     model: Path,
 ) -> None:
@@ -100,6 +103,7 @@ def test_all_of_20b_gives_a_dead_bucket_up_and_its_machine_goes_when_a_slow_one_
     assert_result_is_in_the_bucket(name, weights="model.safetensors")
 
 
+@pytest.mark.long
 def test_lora_on_120b_trains_without_a_bucket_and_its_checkpoints_stay_on_the_node(
     model: Path, tmp_path: Path
 ) -> None:
