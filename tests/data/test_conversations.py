@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.conversations import BadRow, shape_of, to_conversation
+from finetune.data.conversations import BadRow, read_row, shape_of, to_conversation
 from helpers.rows import ASSISTANT, CALL, RESULT, USER
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -89,6 +89,12 @@ def test_prompts_and_messages_of_weight_0_are_marked_as_not_in_the_loss() -> Non
     assert [m.get("in_loss", True) for m in messages] == [False, False, False, True]
     messages = to_conversation({"messages": [USER, {**ASSISTANT, "weight": 0}]})["messages"]
     assert messages[1]["in_loss"] is False
+
+
+def test_a_prompt_that_a_key_lets_into_the_loss_is_told_of() -> None:
+    conversation, findings = read_row({"messages": [{**USER, "train": True}, ASSISTANT]})
+    assert len(findings.notes) == 1 and "`train` on a message that is not" in findings.notes[0]
+    assert read_row({"messages": [{**USER, "weight": 0}, ASSISTANT]})[1].notes == []
 
 
 @pytest.mark.parametrize("call", [CALL, {"name": "functions.add", "arguments": {}}])

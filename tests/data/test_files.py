@@ -132,9 +132,9 @@ def test_the_key_of_a_file_changes_with_its_content(tmp_path: Path) -> None:
 
 
 def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
-    for name in ("missing.jsonl", "folder"):
-        (tmp_path / "folder").mkdir(exist_ok=True)
-        with pytest.raises(UserError, match="does not exist|holds no file"):
+    (tmp_path / "folder").mkdir()
+    for name, words in (("missing.jsonl", "does not exist"), ("folder", "is a folder without")):
+        with pytest.raises(UserError, match=words):
             find_files(str(tmp_path / name))
     write_files(tmp_path / "folder", "notes.txt")
     with pytest.raises(UserError, match=r"holds no file that ends in .* but notes\.txt"):

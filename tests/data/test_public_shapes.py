@@ -223,6 +223,7 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying("<｜tool▁calls▁begin｜>f"), "messages[1] has `<｜tool▁calls▁begin｜>`"),
         ({"prompt": "Human: Hi\n\nAssistant:", "completion": "Yes."}, "prompt has `Human:`"),
         (saying("analysisT assistantfinalYes."), "messages[1] has `analysis` in its text"),
+        (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
         ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),

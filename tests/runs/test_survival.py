@@ -53,10 +53,10 @@ def unbroken(
     """The folder of a run of a recipe that nothing happened to."""
 
     @cache
-    def run(*recipe: str) -> Path:
+    def run(config: str, *flags: str) -> Path:
         folder = tmp_path_factory.mktemp("unbroken")
-        config, *flags = (*recipe, *EXACT, few_conversations)
-        command = launch_command(config, *defaults(tiny_model, folder), *flags)
+        flags = (*defaults(tiny_model, folder), *flags, *EXACT, few_conversations)
+        command = launch_command(config, *flags)
         subprocess.run(command, env=os.environ | CPU_ENVS, check=True, timeout=LONGEST_RUN)
         return folder / "run"
 

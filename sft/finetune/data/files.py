@@ -107,6 +107,8 @@ def find_files(name: str, *, split: str = "train") -> Found:
         raise UserError(
             f"dataset {name!r} cannot be read: {type(error).__name__}: {error}"
         ) from error
+    if not files and root != path and "*" not in path:
+        raise UserError(f"dataset {name!r} is a folder without data in it")
     if not files:
         raise UserError(
             f"dataset {name!r} does not exist: set DATASET to a file, a folder or a hub name"

@@ -50,6 +50,17 @@ def is_in_loss(message: Row, where: str, findings: Findings) -> bool:
     return False not in answers
 
 
+def note_prompt_in_loss(message: Row, findings: Findings) -> None:
+    """Tell of a prompt that a key lets into the loss, as axolotl's `train` can: it stays out."""
+    for key in LOSS_KEYS:
+        if not is_absent(message.get(key)) and truth_of(message[key]):
+            findings.notes.append(
+                f"`{key}` on a message that is not the assistant's has no effect: "
+                "only what the model writes is learnt"
+            )
+            return
+
+
 def with_row_loss(row: Row, places: list[Place], findings: Findings) -> list[Place]:
     """The messages, as far as a key of the row itself says that they are not in the loss.
 

@@ -120,6 +120,8 @@ HARMONY = re.compile(
     r"<\|message\|>(?P<text>.*?)(?:<\|end\|>|<\|return\|>|<\|call\|>|\Z)",
     re.DOTALL,
 )
+# The keys of a call that stands in a text as JSON, without any tag.
+BARE_CALLS = ({"name", "arguments"}, {"name", "parameters"}, {"type", "name", "parameters"})
 # Most answers have none of these, and are looked at no further.
 SIGNS = ("<", "[", "◁")
 WORDS = ("assistantfinal", "Action Input:")
@@ -136,6 +138,21 @@ def foreign_tag(text: str) -> str | None:
         return None  # as most texts: the search below looks at each of their characters
     match = FOREIGN.search(text)
     return match and match[0].strip()
+
+
+def name_in_bare_call(text: str) -> str | None:
+    """The name in a text that is a call as JSON and nothing else; None for any other text.
+
+    Llama 3.1's models write calls so. It is no call here: an answer may well be such an object.
+    """
+    if not text.lstrip().startswith("{") or '"name"' not in text:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    is_call = isinstance(value, dict) and value.keys() in BARE_CALLS
+    return value["name"] if is_call and isinstance(value["name"], str) else None
 
 
 def read_markup(text: str) -> tuple[list[Part], list[str]] | None:

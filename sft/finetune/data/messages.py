@@ -17,8 +17,13 @@ from finetune.data.content import (
     text_of_parts,
 )
 from finetune.data.findings import Findings
-from finetune.data.loss_keys import LOSS_KEYS, UNCLEAR_LOSS_KEYS, is_in_loss
-from finetune.data.markup import foreign_tag, opening_of_template
+from finetune.data.loss_keys import (
+    LOSS_KEYS,
+    UNCLEAR_LOSS_KEYS,
+    is_in_loss,
+    note_prompt_in_loss,
+)
+from finetune.data.markup import foreign_tag, name_in_bare_call, opening_of_template
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
@@ -62,6 +67,8 @@ def read_message(
     else:
         turns = plain_turns(message, role, where, findings)
     in_loss = is_in_loss(message, where, findings) and place.in_loss
+    if role != "assistant" and not message.keys() <= PLAIN_KEYS:
+        note_prompt_in_loss(message, findings)
     for turn in turns:
         turn["where"] = where
         if not in_loss:
@@ -92,6 +99,8 @@ def check_text(turn: Row, findings: Findings) -> None:
         if not is_unicode(text):
             findings.problems.append(f"{turn['where']} has half a surrogate pair: no valid Unicode")
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
+    if turn["role"] == "assistant" and (name := name_in_bare_call(turn["content"])):
+        tag = f'{{"name": "{name}", ...'
     if turn["role"] == "user" and (opening := opening_of_template(turn["content"])):
         tag = opening.strip()
     if tag is not None and not any(w.startswith(turn["where"]) for w in findings.warnings):
