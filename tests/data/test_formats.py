@@ -21,6 +21,7 @@ import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from gcp_storage_emulator.server import create_server
 
 from finetune.data.files import find_files
 from finetune.data.formats import read_file
@@ -164,19 +165,36 @@ def s3(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[str]:
         process.kill()
 
 
-def test_every_format_is_read_from_a_bucket(s3: str, tmp_path: Path) -> None:
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[str]:
+    """The URL of a bucket on a local server of Google Cloud Storage (gcp-storage-emulator)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = create_server("127.0.0.1", port, in_memory=True, default_bucket="data")
+    server.start()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    yield "gs://data"
+    server.stop()
+
+
+@pytest.mark.parametrize("store", ["s3", "gs"])
+def test_every_format_is_read_from_a_bucket(
+    store: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bucket = request.getfixturevalue(store)
     for name, write in FILES.items():
         write(tmp_path / name)
-        fsspec.filesystem("s3").put(str(tmp_path / name), f"{s3}/folder/{name}")
+        fsspec.filesystem(store).put(str(tmp_path / name), f"{bucket}/folder/{name}")
     for name in FILES:
-        assert rows_of(f"{s3}/folder/{name}") == [ROW, ROW], name
-    found = find_files(f"{s3}/folder")
+        assert rows_of(f"{bucket}/folder/{name}") == [ROW, ROW], name
+    found = find_files(f"{bucket}/folder")
     assert {file.url for file in found.files} == {
-        f"{s3}/folder/{name}" for name in FILES if name != "no_ending"
+        f"{bucket}/folder/{name}" for name in FILES if name != "no_ending"
     }
     assert found.notes == ["not read, of no known format: no_ending"]
     with pytest.raises(UserError, match="does not exist"):
-        find_files(f"{s3}/missing.jsonl")
+        find_files(f"{bucket}/missing.jsonl")
 
 
 BAD_FILES = {
