@@ -25,16 +25,8 @@ def rehearse(*arguments: str, **envs: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-# Rehearsals of one task file use one folder.
-of_20b_lora = pytest.mark.xdist_group("rehearsals of gpt-oss-20b-lora")
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param("gpt-oss-20b-lora", marks=of_20b_lora),
-        pytest.param("gpt-oss-120b-sft", marks=pytest.mark.long),
-    ],
+    "name", ["gpt-oss-20b-lora", pytest.param("gpt-oss-120b-sft", marks=pytest.mark.long)]
 )
 def test_a_task_file_runs_to_its_end(name: str) -> None:
     """Data parallel LoRA, and all weights sharded over two nodes. tests/sky launches all four."""
@@ -48,7 +40,6 @@ def test_a_task_file_runs_to_its_end(name: str) -> None:
     assert run_python_of_card(result_folder, base=work / "tiny-gpt-oss")
 
 
-@of_20b_lora
 def test_flags_that_the_user_gives_win_over_those_of_the_rehearsal() -> None:
     result = rehearse(
         "gpt-oss-20b-lora.yaml", TRAIN_ARGS="--max_length 8 --learning-rate=1e-3 --save_steps 2"
@@ -105,7 +96,6 @@ def test_with_the_users_data_the_steps_are_the_recipes_up_to_twelve(
     assert flags_for(steps, given) == {"use_cpu": "true", **one_row, **flags}
 
 
-@of_20b_lora
 def test_bad_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "my.jsonl").write_text("{broken\n")
     result = rehearse("gpt-oss-20b-lora.yaml", f"--dataset={tmp_path / 'my.jsonl'}")

@@ -93,7 +93,7 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "killed"),
     [
-        pytest.param(FULL, ("rank 0", "rank 1", "all"), marks=pytest.mark.xdist_group("full")),
+        (FULL, ("rank 0", "rank 1", "all")),
         pytest.param(LORA, ("rank 1", "all"), marks=pytest.mark.long),
     ],
     ids=["full", "lora"],
@@ -141,7 +141,6 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     assert summary["minutes_lost"] > 0 and summary["saving_percent"] > 0
 
 
-@pytest.mark.xdist_group("full")
 def test_a_run_saves_at_sigterm_and_the_next_launch_continues_it(
     launch: Launch,
     start: Start,
