@@ -4,7 +4,7 @@
 # make quote DATASET=my.jsonl [TASK=...] [QUOTE_ARGS="--clouds aws gcp"]  hours, dollars and the launch line of a run
 # make test-fast                                                  lint, types and the tests that take seconds
 # make test [SELECT="not long"]                                   lint, types and all tests, or those of some markers
-# make test-sky                                                   the recipes through a real `sky launch` (Linux, root)
+# make test-sky [SELECT=...]                                      the recipes through a real `sky launch` (Linux, root)
 # make imports                                                    which module imports which, floor by floor
 # make sky [CLOUD="gcp nebius"]                                   SkyPilot, in .venv/sky, for AWS, Kubernetes, Slurm and these
 # make lock                                                       pyproject.toml -> lock files

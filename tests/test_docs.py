@@ -44,15 +44,7 @@ SCRIPT = re.compile(r"/?sft/(\w+)\.py")
 # The flags in prose that are those of other programs than ours.
 OTHER_FLAGS = {
     *("--env", "--secret", "--secret-file", "--gpus", "--infra", "--down", "--graceful"),
-    *(
-        "--network-tier",
-        "--use-spot",
-        "--memory",
-        "--tag",
-        "--config_file",
-        "--num_processes",
-        "--help",
-    ),
+    *("--use-spot", "--memory", "--tag", "--config_file", "--num_processes", "--help"),
     *("--graceful-timeout", "--dir-cache-time", "--network-tier"),
 }
 

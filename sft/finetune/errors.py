@@ -83,8 +83,9 @@ def fail(message: str) -> NoReturn:
         lines = [" ".join(line.split()) for line in message.splitlines()]
         # An error may quote data; what would steer the terminal is written out.
         lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in lines]
-        print("error:", "\n  ".join(lines), file=sys.stderr, flush=True)
-        tell_launcher("\n  ".join(lines))
+        text = "\n  ".join(lines)
+        print("error:", text, file=sys.stderr, flush=True)
+        tell_launcher(text)
     sys.exit(1)
 
 

@@ -92,7 +92,7 @@ def test_prompts_and_messages_of_weight_0_are_marked_as_not_in_the_loss() -> Non
 
 
 def test_a_prompt_that_a_key_lets_into_the_loss_is_told_of() -> None:
-    conversation, findings = read_row({"messages": [{**USER, "train": True}, ASSISTANT]})
+    _, findings = read_row({"messages": [{**USER, "train": True}, ASSISTANT]})
     assert len(findings.notes) == 1 and "`train` on a message that is not" in findings.notes[0]
     assert read_row({"messages": [{**USER, "weight": 0}, ASSISTANT]})[1].notes == []
 

@@ -6,7 +6,6 @@ import gzip
 import http.server
 import json
 import lzma
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from finetune.data.formats import read_file
 from finetune.data.json_rows import MAX_LINE_BYTES
 from finetune.errors import UserError
 from helpers.paths import REPO, python_path
+from rehearse import free_port
 
 ROW = {"prompt": "2+2?", "completion": "4"}
 LINE = json.dumps(ROW).encode()
@@ -147,9 +147,7 @@ def s3(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[str]:
     server = REPO / ".venv/sky/bin/moto_server"
     if not server.exists():
         pytest.skip("no moto_server: make sky")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     for name, value in {
         "ENDPOINT_URL": endpoint,
@@ -168,9 +166,7 @@ def s3(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[str]:
 @pytest.fixture
 def gs(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[str]:
     """The URL of a bucket on a local server of Google Cloud Storage (gcp-storage-emulator)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     server = create_server("127.0.0.1", port, in_memory=True, default_bucket="data")
     server.start()
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from finetune.errors import UserError
 from finetune.model.mxfp4 import unpack
 from finetune.model.weights import BaseWeights
+from helpers.launching import launch_command
 from helpers.paths import CPU_ENVS, REPO
 from tiny_gpt_oss import random_mxfp4
 
@@ -58,13 +58,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(checkpoint: Path, config: str, how: str, file: Path) -> list[dict[str, int]]:
     """Load it on four ranks; return what each takes, "peak" and "after", in bytes."""
-    command = [
-        str(Path(sys.executable).with_name("accelerate")),
-        "launch",
-        f"--config_file={REPO / 'sft' / config}",
-        *("--num_machines=1", "--num_processes=4", "--main_process_port=0"),
-        *(str(REPO / "tests/helpers/loading_memory.py"), str(checkpoint), how, str(file)),
-    ]
+    script = REPO / "tests/helpers/loading_memory.py"
+    command = launch_command(
+        config, str(checkpoint), how, str(file), num_processes=4, script=script
+    )
     # malloc then returns freed memory to the system at once, so that it does not count.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     subprocess.run(command, env=os.environ | CPU_ENVS | allocator, check=True)

@@ -104,6 +104,14 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
     assert "Traceback" not in result.stdout + result.stderr
 
 
+@pytest.mark.long
+def test_a_misspelt_flag_is_named() -> None:
+    result = rehearse("gpt-oss-20b-lora.yaml", TRAIN_ARGS="--lerning_rate 1e-4")
+    assert result.returncode == 1
+    assert "--lerning_rate" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr
+
+
 def test_a_file_that_is_no_task_is_named(tmp_path: Path) -> None:
     task_file = tmp_path / "task.yaml"
     task_file.write_text("name: nothing\n")

@@ -34,6 +34,7 @@ FULL = ("fsdp2.yaml",)
 # More than two epochs of a few conversations: kills fall inside an epoch and between two.
 STEPS = 32
 EXACT = (f"--max_steps={STEPS}", "--gradient_accumulation_steps=2")
+KILLED = ("rank 0", "rank 1", "all")
 KEY = "0" * 40  # an API key of W&B's length; the runs are offline
 
 
@@ -91,16 +92,10 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "killed"),
-    [
-        (FULL, ("rank 0", "rank 1", "all")),
-        pytest.param(LORA, ("rank 1", "all"), marks=pytest.mark.long),
-    ],
-    ids=["full", "lora"],
+    "recipe", [FULL, pytest.param(LORA, marks=pytest.mark.long)], ids=["full", "lora"]
 )
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     recipe: tuple[str, ...],
-    killed: tuple[str, ...],
     launch: Launch,
     start: Start,
     few_conversations: str,
@@ -111,7 +106,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     run_dir = tmp_path / "run"
     flags = (*recipe, *EXACT, "--save_steps=1", few_conversations)
     moment, output = random.Random(0), ""
-    for number, process in enumerate(killed):
+    for number, process in enumerate(KILLED):
         reached = newest_step(run_dir)
         # A rank whose peer was killed may wait for it for a day, in a collective of the saver's.
         # The launcher ends that rank after this many seconds instead of its usual 30.
@@ -137,7 +132,7 @@ def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     assert "is skipped: it has no manifest.json" in output + result.stdout
     assert_same_run(run_dir, unbroken(*recipe))
     summary = json.loads((run_dir / "final/summary.json").read_text())
-    assert 1 <= summary["interruptions"] <= len(killed)
+    assert 1 <= summary["interruptions"] <= len(KILLED)
     assert summary["minutes_lost"] > 0 and summary["saving_percent"] > 0
 
 

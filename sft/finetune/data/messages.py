@@ -59,6 +59,8 @@ def read_message(
         return []
     if not message.keys() <= PLAIN_KEYS:
         check_keys(message, role, where, findings)
+        if role != "assistant":
+            note_prompt_in_loss(message, findings)
     if role == "assistant":
         parts = assistant_parts(message, where, findings)
         turns = turns_of(parts, where, schemas, findings)
@@ -67,8 +69,6 @@ def read_message(
     else:
         turns = plain_turns(message, role, where, findings)
     in_loss = is_in_loss(message, where, findings) and place.in_loss
-    if role != "assistant" and not message.keys() <= PLAIN_KEYS:
-        note_prompt_in_loss(message, findings)
     for turn in turns:
         turn["where"] = where
         if not in_loss:
