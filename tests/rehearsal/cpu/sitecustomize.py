@@ -3,6 +3,8 @@
 accelerate takes FSDP and DeepSpeed on CPU for plain data parallel without a word. torch's FSDP2 and
 DeepSpeed's ZeRO run on CPU with gloo, so it is enough to start gloo and to let accelerate believe
 in an accelerator that is the CPU: sharding, checkpoints and resume are then the real ones.
+
+It also makes bf16 quick enough: see bf16_matmul.py beside this file.
 """
 
 import os
@@ -12,8 +14,14 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 USE_FSDP = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 USE_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
-if "RANK" in os.environ and (USE_FSDP or USE_DEEPSPEED):
+if "RANK" in os.environ:
     import torch
+    from bf16_matmul import replace_slow_kernels
+
+    library = torch.library.Library("aten", "IMPL")
+    replace_slow_kernels(library)
+
+if "RANK" in os.environ and (USE_FSDP or USE_DEEPSPEED):
     from accelerate import state
     from accelerate.utils import DistributedType
 
