@@ -19,6 +19,7 @@ from helpers.metadata_server import AWS_NOTICE, MetadataServer, write_answer
 from lab import (
     BUCKET,
     CONVERSATIONS,
+    SECONDS_BETWEEN_JOB_CHECKS,
     WANDB_KEY,
     assert_nothing_is_left,
     last_node,
@@ -104,11 +105,11 @@ def assert_manifests_hold(run_name: str) -> None:
 
 def finished_job(run_name: str, *, recoveries: int) -> str:
     """The log of the newest job, once it has ended and SkyPilot has taken its last cluster down."""
-    wait_until(lambda: newest_job()["end_at"] is not None)
+    wait_for_job_to_reach(lambda: "final/summary.json" in object_sizes(f"{run_name}/"))
+    wait_until(lambda: newest_job()["end_at"] is not None, interval=SECONDS_BETWEEN_JOB_CHECKS)
     job = newest_job()
     assert (job["status"], job["recovery_count"]) == ("SUCCEEDED", recoveries)
     assert_nothing_is_left()
-    assert "final/summary.json" in object_sizes(f"{run_name}/")
     log = run("sky", "jobs", "logs", str(job["job_id"]), "--no-follow")
     assert f"resuming from /checkpoints/{run_name}/checkpoint-" in log
     return log
