@@ -25,7 +25,9 @@ from finetune.command_line import CommandLine
 class MemoryArguments:
     """What differs from the task file."""
 
-    max_length: int | None = field(default=None, metadata={"help": "Tokens of a row."})
+    max_length: str | None = field(
+        default=None, metadata={"help": "Tokens of a row. 65536,131072 gives a column for each."}
+    )
     per_device_train_batch_size: int | None = field(
         default=None, metadata={"help": "The most rows at once on a GPU."}
     )
@@ -33,6 +35,9 @@ class MemoryArguments:
         default=None, metadata={"help": "Rows of a step, on all GPUs together."}
     )
     lora_r: int | None = field(default=None, metadata={"help": "The rank of the adapter."})
+    activation_offloading: bool | None = field(
+        default=None, metadata={"help": "Whether the host holds what backward needs of a layer."}
+    )
     dequantize: bool | None = field(
         default=None, metadata={"help": "Whether the base is in bf16 instead of MXFP4."}
     )
@@ -58,32 +63,37 @@ from finetune.errors import UserError, one_line_errors
 from finetune.task_file import TaskFile
 
 
-def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
+def count_task(
+    path: Path, args: MemoryArguments, max_length: str | None
+) -> tuple[str, dict[str, int]]:
     """A title and the bytes of a task file's step. Raises UserError if it cannot be counted."""
     task = TaskFile.read(path)
-    changes = [f"--{name}={value}" for name, value in vars(args).items() if value is not None]
+    changed = {**vars(args), "max_length": max_length}
+    changes = [f"--{name}={value}" for name, value in changed.items() if value is not None]
     config = parse_task(task, *changes)
     training, lora_r, dequantize = config.training, config.model.lora_r, config.run.dequantize
     is_fsdp = task.accelerate_config["distributed_type"] == "FSDP"
+    if is_fsdp and training.activation_offloading:
+        raise UserError(f"{path}: --activation_offloading is counted for LoRA only")
     if is_fsdp == config.model.use_peft or (task.is_sharded and not is_fsdp):
         raise UserError(
             f"{path}: only LoRA beside a base that every GPU holds is counted, and all weights "
             "shared out by FSDP2"
         )
-    max_length, batch_size = training.max_length, training.per_device_train_batch_size
-    if max_length is None:
+    length, batch_size = training.max_length, training.per_device_train_batch_size
+    if length is None:
         raise UserError(f"{path}: the length of a row is not known without --max_length")
-    if min(max_length, batch_size, lora_r) < 1:
+    if min(length, batch_size, lora_r) < 1:
         raise UserError(
-            f"{path}: --max_length {max_length}, --per_device_train_batch_size {batch_size} and "
+            f"{path}: --max_length {length}, --per_device_train_batch_size {batch_size} and "
             f"--lora_r {lora_r} must be at least 1"
         )
-    shape = f"{batch_size} x {max_length} tokens"
+    shape = f"{batch_size} x {length} tokens"
     if is_fsdp:
         held = count_sharded(
             config_of(config.model_id),
             num_gpus=task.num_gpus,
-            max_length=max_length,
+            max_length=length,
             batch_size=batch_size,
             activation_checkpointing=training.activation_checkpointing,
         )
@@ -91,16 +101,18 @@ def count_task(path: Path, args: MemoryArguments) -> tuple[str, dict[str, int]]:
     held = count(
         config_of(config.model_id),
         config.model,
-        max_length=max_length,
+        max_length=length,
         batch_size=batch_size,
         packed=not dequantize,
         activation_checkpointing=training.activation_checkpointing,
+        activation_offloading=training.activation_offloading,
     )
     return f"{path.stem}\n{shape}, r={lora_r}\nexperts in {'bf16' if dequantize else 'MXFP4'}", held
 
 
 def main(args: MemoryArguments, paths: list[Path]) -> None:
-    columns = [count_task(path, args) for path in paths]
+    lengths = args.max_length.split(",") if args.max_length else [None]
+    columns = [count_task(path, args, length) for path in paths for length in lengths]
     table = Table("GiB", *(title for title, _ in columns), title="A GPU's memory, counted")
     for name in dict.fromkeys(name for _, held in columns for name in held):
         cells = (f"{held[name] / 2**30:.2f}" if name in held else "" for _, held in columns)

@@ -20,7 +20,7 @@ from memory import MemoryArguments, count_task, main
 
 KIB = 1024
 LORA = ModelConfig(use_peft=True, lora_r=8, lora_alpha=16, lora_dropout=0.0)
-SHORT = MemoryArguments(max_length=64)
+SHORT = MemoryArguments(max_length="64")
 
 
 def test_a_tensor_counts_until_its_last_view_is_freed() -> None:
@@ -57,6 +57,34 @@ def test_lora_fits_the_card_that_its_task_file_names(
     assert weights < held["peak"] < gigabytes * 1e9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "length, offloads, gibibytes",
+    [(262_144, False, 74.5 - 6), (131_072, False, 44.7), (65_536, True, 22.5)],
+    ids=["80 GB", "48 GB", "24 GB with offloading"],
+)
+def test_long_rows_fit_the_card_that_the_docs_name(
+    length: int, offloads: bool, gibibytes: float
+) -> None:
+    """With some GiB left on the two larger ones, and half of one on the smallest."""
+    shape: dict[str, Any] = {"max_length": length, "batch_size": 1, "packed": True}
+    held = count(make_config("20b"), LORA, activation_offloading=offloads, **shape)
+    assert held["peak"] < gibibytes * 2**30
+
+
+def test_offloading_takes_a_hidden_state_from_each_layer() -> None:
+    config = make_config("20b", num_layers=6)
+    shape: dict[str, Any] = {"max_length": 2048, "batch_size": 1, "packed": True}
+    name = "activations, working memory"
+    kept, offloaded = (
+        count(config, LORA, activation_offloading=offloads, **shape)[name]
+        for offloads in (False, True)
+    )
+    hidden_state = 2048 * config.hidden_size * 2
+    # The layer whose backward runs has its own back, and the one before it is next.
+    assert kept - offloaded >= (config.num_hidden_layers - 2) * hidden_state
+
+
 def test_experts_in_bf16_take_four_times_the_memory_and_activations_more_if_they_are_kept() -> None:
     config = make_config("20b", num_layers=2)
     shape: dict[str, Any] = {"max_length": 256, "batch_size": 1}
@@ -89,7 +117,7 @@ def test_a_larger_rank_takes_as_much_more_wherever_it_is_given(
     )
     make_config("20b", num_layers=1).save_pretrained(tmp_path / "model")  # counted in seconds
     task.write_text(task.read_text().replace("openai/gpt-oss-20b ", f"{tmp_path / 'model'} "))
-    _, of_rank_8 = count_task(task, replace(SHORT, lora_r=8))
+    _, of_rank_8 = count_task(task, replace(SHORT, lora_r=8), "64")
     main(SHORT, [task])
     output = capsys.readouterr().out
     (adapter,) = (line for line in output.splitlines() if "adapter, fp32" in line)

@@ -1,5 +1,6 @@
 """Experts and their LoRA equal transformers' eager ones: the output and every gradient."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
-from finetune.model import flops  # noqa: F401  it registers the FLOPs of grouped GEMMs
+from finetune.model import (
+    experts,
+    flops,  # noqa: F401  it registers the FLOPs of grouped GEMMs
+)
 from finetune.model.experts import (
     EXPERTS_IMPLEMENTATION,
     LowRankParamWrapper,
@@ -111,10 +115,10 @@ def test_bf16_is_as_near_to_fp32_as_eager_is(device: str, r: int) -> None:
         assert error <= 1.2 * allowed, name
 
 
-@pytest.mark.parametrize("experts", [[3, 0, 5, 6], [7, 6, 5, 4]])
-def test_experts_without_any_token_change_nothing(experts: list[int]) -> None:
+@pytest.mark.parametrize("chosen", [[3, 0, 5, 6], [7, 6, 5, 4]])
+def test_experts_without_any_token_change_nothing(chosen: list[int]) -> None:
     """All tokens go to the same experts, so that the first, the last or some between have none."""
-    index = torch.tensor([experts]).repeat(5, 1)
+    index = torch.tensor([chosen]).repeat(5, 1)
     weights = torch.rand(5, TOP_K, generator=torch.Generator().manual_seed(3))
     results = []
     for implementation in ("eager", EXPERTS_IMPLEMENTATION):
@@ -125,6 +129,23 @@ def test_experts_without_any_token_change_nothing(experts: list[int]) -> None:
         named = {name: p.grad for name, p in mlp.experts.named_parameters()}
         results.append({"output": y.detach(), "input": x.grad, "weights": w.grad, **named})
     assert_same(results[1], results[0], tolerance=1e-5)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+@pytest.mark.parametrize("shape", [(2, 37), (1, 32), (1, 33)])
+def test_tiles_equal_the_whole(
+    shape: tuple[int, int], is_checkpointed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also inside a layer that is a checkpoint itself, and with what a full run trains."""
+    for make in (partial(with_lora, low_rank=True), lambda mlp: mlp):
+        monkeypatch.setattr(experts, "TILE", 10**6)
+        expected = gradients(make(make_mlp(EXPERTS_IMPLEMENTATION)), tokens(shape))
+        monkeypatch.setattr(experts, "TILE", 16)
+        mlp = make(make_mlp(EXPERTS_IMPLEMENTATION))
+        if is_checkpointed:
+            forward = mlp.forward
+            mlp.forward = lambda x, forward=forward: checkpoint(forward, x, use_reentrant=False)
+        assert_same(gradients(mlp, tokens(shape)), expected, tolerance=1e-5)
 
 
 def test_two_steps_are_equal_bit_for_bit() -> None:

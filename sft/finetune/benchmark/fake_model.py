@@ -21,14 +21,15 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
 from finetune.model.loading import meta_model
-from finetune.model.lora import lora_config
+from finetune.model.lora import leave_casts_to_autocast, lora_config
 from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
+from finetune.model.norms import use_fused_norms
 from finetune.model.weights import restore_buffers
 
 ATTENTION = "counted"  # the name of counted_attention in a model's config
 # The parts of a step that kernels of our own and of libraries are counted under.
 EXPERTS_PART, UNPACKING_PART = "experts' element-wise kernels", "unpacking MXFP4"
-ATTENTION_PART, HEAD_PART = "attention", "dense GEMMs and head"
+ATTENTION_PART, NORM_PART, HEAD_PART = "attention", "RMSNorm", "dense GEMMs and head"
 
 
 class Counter(Protocol):
@@ -101,6 +102,37 @@ class FlashAttention(torch.autograd.Function):
         return *flash_backward(grad, q, k, v, sinks, out, lse, ctx.keys), None
 
 
+def norm_forward(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The normed rows, and of each row what it was multiplied by."""
+    return torch.empty_like(x), torch.empty(x.shape[:-1], dtype=torch.float32)
+
+
+def norm_backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of x and of the weight."""
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+class RMSNorm(torch.autograd.Function):
+    """The tensors that torch's kernel keeps for its backward, without their values."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed, rstd = norm_forward(x, weight)
+        ctx.save_for_backward(x, weight, rstd)
+        return normed
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return norm_backward(grad, *ctx.saved_tensors)
+
+
+def counted_norm(x: torch.Tensor, shape: Any, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm with the signature of torch.nn.functional.rms_norm."""
+    return RMSNorm.apply(x, weight)
+
+
 def counted_attention(
     module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any
 ) -> tuple[Any, None]:
@@ -157,6 +189,9 @@ def as_on_a_gpu(counter: Counter) -> Iterator[None]:
         "trl.kernels.chunked_logprob._forward_tile": as_kernel(forward_tile, part=HEAD_PART),
         "trl.kernels.chunked_logprob._backward_tile": as_kernel(backward_tile, part=HEAD_PART),
         "trl.kernels.chunked_logprob._addmm_fp32": addmm_fp32,
+        "finetune.model.norms.rms_norm": counted_norm,
+        f"{__name__}.norm_forward": as_kernel(norm_forward, part=NORM_PART),
+        f"{__name__}.norm_backward": as_kernel(norm_backward, part=NORM_PART),
         f"{__name__}.flash_forward": as_kernel(
             flash_forward, part=ATTENTION_PART, flops=flash_forward_flops
         ),
@@ -183,6 +218,7 @@ def make_model(
     config._attn_implementation, config._experts_implementation = ATTENTION, EXPERTS_IMPLEMENTATION
     config.counted_context = context
     model: Any = meta_model(config)
+    use_fused_norms(model)
     base = model
     with torch.device("meta"):
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -190,6 +226,7 @@ def make_model(
         if adapter is not None:
             model = get_peft_model(model, adapter)
     use_grouped_lora(model)
+    leave_casts_to_autocast(model)
     if activation_checkpointing:
         base.activation_checkpointing_enable({"preserve_rng_state": False, "use_reentrant": False})
         base.enable_input_require_grads()

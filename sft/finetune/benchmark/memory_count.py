@@ -6,12 +6,14 @@ The model in its true shapes, grouped LoRA, TRL's loss and AdamW run without val
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -121,6 +123,26 @@ class LiveBytes(TorchDispatchMode):
         return run
 
 
+def offloaded(live: LiveBytes) -> saved_tensors_hooks:
+    """What autograd saves takes no bytes until backward asks for it: the host holds it.
+
+    As TRL's OffloadActivations, parameters and what is smaller than 1 KiB stay. TRL's copies end a
+    little after the operation, so in forward up to five of them are there for longer than counted.
+    """
+
+    def pack(tensor: torch.Tensor) -> Any:
+        stays = tensor.untyped_storage()._cdata in live.there or tensor.nbytes < 1024
+        return tensor if stays else (tensor.shape, tensor.stride(), tensor.dtype)
+
+    def unpack(saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        shape, stride, dtype = saved
+        return torch.empty_strided(shape, stride, dtype=dtype)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
 def stored(parameter: Any) -> list[torch.Tensor]:
     """The tensors that hold the bytes of a parameter."""
     if isinstance(parameter, Mxfp4Weight):
@@ -136,6 +158,7 @@ def count(
     batch_size: int,
     packed: bool,
     activation_checkpointing: bool = True,
+    activation_offloading: bool = False,
 ) -> dict[str, int]:
     """Bytes at the peak of a step, by what they hold. packed: the experts are in MXFP4.
 
@@ -149,6 +172,7 @@ def count(
             ids=(batch_size, max_length),
             packed=packed,
             activation_checkpointing=activation_checkpointing,
+            activation_offloading=activation_offloading,
         )
         for few in few_layers(config)
     ]
@@ -162,6 +186,7 @@ def count_layers(
     ids: tuple[int, int],
     packed: bool,
     activation_checkpointing: bool,
+    activation_offloading: bool = False,
 ) -> dict[str, int]:
     """As count, of a model as it is. ids: the shape of a batch of tokens, (B, T)."""
     model = make_model(
@@ -175,7 +200,8 @@ def count_layers(
         live = LiveBytes(model)
         with live, as_on_a_gpu(live):
             for _ in range(2):  # in the second step gradients and AdamW's states are there as well
-                forward_and_backward(model, tokens)
+                with offloaded(live) if activation_offloading else nullcontext():
+                    forward_and_backward(model, tokens)
                 optimizer.step()
 
     stacks = sum(t.nbytes for p in model.parameters() if p.ndim == 3 for t in stored(p))

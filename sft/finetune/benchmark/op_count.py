@@ -35,6 +35,7 @@ from finetune.benchmark.fake_model import (
     ATTENTION_PART,
     EXPERTS_PART,
     HEAD_PART,
+    NORM_PART,
     UNPACKING_PART,
     as_on_a_gpu,
     at_all_layers,
@@ -50,7 +51,7 @@ from finetune.model.mxfp4 import Mxfp4Weight
 
 aten = torch.ops.aten
 GROUPED_PART, LORA_PART = "grouped GEMMs of the base", "LoRA's thin GEMMs"
-ELEMENTWISE_PART = "eager element-wise: norms, rotary, casts, sums"
+ELEMENTWISE_PART = "eager element-wise: rotary, casts, sums"
 PARTS = (
     GROUPED_PART,
     UNPACKING_PART,
@@ -58,6 +59,7 @@ PARTS = (
     HEAD_PART,
     ATTENTION_PART,
     LORA_PART,
+    NORM_PART,
     ELEMENTWISE_PART,
 )
 DENSE = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)

@@ -126,7 +126,7 @@ class PartTimer:
 
     def seconds(self, modules: list[torch.nn.Module]) -> float:
         calls = self.calls
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.accelerator.autocast():  # as its forward runs in a step
             return seconds(lambda: (calls.repeat(module) for module in modules))
 
     def loss(self) -> float:
@@ -141,7 +141,7 @@ class PartTimer:
             return [output.log_probs]
 
         norm = self.base.model.norm
-        with self.trainer.compute_loss_context_manager():
+        with self.trainer.accelerator.autocast():  # as its forward runs in a step
             return seconds(head)
 
 

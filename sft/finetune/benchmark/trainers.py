@@ -14,7 +14,8 @@ from finetune.benchmark.variants import Setup
 from finetune.checkpoint.saver import Saver
 from finetune.model.attention import choose_attention, isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
-from finetune.model.lora import lora_config
+from finetune.model.lora import leave_casts_to_autocast, lora_config
+from finetune.model.norms import use_fused_norms
 from finetune.preemption import PreemptionNotice
 from finetune.training.trainer import ResumableSFTTrainer, configure_gradients
 
@@ -55,6 +56,8 @@ def path_model(args: BenchArguments, setup: Setup) -> GptOssForCausalLM:
     register_experts()
     config._experts_implementation = setup.experts_implementation or EXPERTS_IMPLEMENTATION
     model = make_model(config, packed=args.use_peft and not setup.dequantize)
+    if setup.fused_norms:
+        use_fused_norms(model)
     if setup.packing and setup.isolated:
         isolate_packed_sequences(model)
     if (setup.flags.get("activation_checkpointing_kwargs") or {}).get("selective"):
@@ -90,6 +93,8 @@ def make_trainer(args: BenchArguments, setup: Setup, folder: Path) -> SFTTrainer
         trainer = SFTTrainer(**kwargs)
     if setup.grouped_lora:
         use_grouped_lora(trainer.model)
+    if not setup.casts_lora_input:
+        leave_casts_to_autocast(trainer.model)
     if setup.compiles_layers:
         for layer in gpt_oss(trainer.model).model.layers:
             layer.compile()

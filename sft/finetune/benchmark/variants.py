@@ -1,6 +1,6 @@
 """The paths that bench.py measures: the recipe, stock TRL, and the recipe with one lever changed.
 
-Not measured, because the lock file has no package for them: kernels for RMSNorm and rotary
+Not measured, because the lock file has no package for them: kernels for rotary
 embeddings (liger-kernel, or `kernels` from the hub) and 8-bit AdamW (torchao, bitsandbytes).
 """
 
@@ -22,6 +22,8 @@ class Setup:
     attn_implementation: str | None = None  # None: the one that choose_attention() finds
     experts_implementation: str | None = None  # None: the recipe's, of model/experts.py
     grouped_lora: bool = True
+    casts_lora_input: bool = False
+    fused_norms: bool = True
     saves_in_background: bool = True
     compiles_layers: bool = False
     flags: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +36,8 @@ STOCK = Setup(
     attn_implementation="eager",
     experts_implementation="grouped_mm",
     grouped_lora=False,
+    casts_lora_input=True,
+    fused_norms=False,
     saves_in_background=False,
 )
 PATHS = {
@@ -49,6 +53,8 @@ PATHS = {
         dequantize=True, experts_implementation="grouped_mm", grouped_lora=False
     ),
     "stock_expert_lora": Setup(dequantize=True, grouped_lora=False),
+    "cast_lora_input": Setup(casts_lora_input=True),
+    "eager_norms": Setup(fused_norms=False),
     "no_checkpointing": Setup(flags={"activation_checkpointing": False}),
     # TRL's option: attention's outputs are kept, everything else is recomputed.
     "selective_checkpointing": Setup(

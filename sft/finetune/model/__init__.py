@@ -9,8 +9,10 @@ weights.fill, shard_and_fill    give a model its weights; on all ranks in full, 
 attention.choose_attention      the fastest implementation that equals eager on this machine
 experts.register_experts        grouped GEMMs for the experts, as an implementation of transformers
 experts.use_grouped_lora        LoRA on experts beside their frozen weights
+norms.use_fused_norms           RMSNorm as one kernel
 mxfp4.Mxfp4Weight               a frozen stack of experts, unpacked while it is used (kernels.py)
 quantize.quantize, requantize   bf16 back to MXFP4
 lora.lora_config                what LoRA adapts
+lora.leave_casts_to_autocast    no copies of LoRA's input
 flops.flops_per_token           for MFU
 """

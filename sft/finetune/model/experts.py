@@ -10,6 +10,10 @@ two thin grouped GEMMs instead, and the frozen weight W needs no gradient:
 
     y = x W + s (x A) B        A: (E, in, r), B: (E, r, out)
 
+The k copies of a token and what is computed from them take ten times the memory of the token. Many
+tokens, such as one conversation of 131,072, therefore go through the experts in tiles, each a
+checkpoint of its own: in backward too, what is kept is that of one tile.
+
 Shapes: T tokens, k experts per token, S = T k pairs, E experts, D hidden size, I intermediate size.
 """
 
@@ -20,6 +24,7 @@ from typing import Any
 import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch.nn.functional import grouped_mm, pad
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from finetune.model.expert_ops import ClampedSwiglu, Combine, Dispatch
@@ -27,8 +32,13 @@ from finetune.model.mxfp4 import Mxfp4Weight, PackedGroupedMM
 
 EXPERTS_IMPLEMENTATION = "sorted_grouped_mm"  # the name of experts_forward in a model's config
 
+# Tokens of a tile. More than the recipes have at once, 4 rows of 4,096, since all but the last
+# tile are computed once more than a checkpointed layer is.
+TILE = 16_384
+
 # LoRA's A (E, in, r), its B (E, r, out), and the scaling s of their product.
 Factors = tuple[torch.Tensor, torch.Tensor, float]
+NO_LORA = (None, None, 0.0)
 
 
 def experts_forward(
@@ -42,6 +52,37 @@ def experts_forward(
     self: a GptOssExperts. top_k_index, top_k_weights: (T, k), the experts that the router chose for
     each token, and their weights.
     """
+    lora: dict[str, Factors] = getattr(self, "lora_factors", {})
+    # One after the other, because a checkpoint keeps for backward what is in a dict.
+    factors = *lora.get("gate_up_proj", NO_LORA), *lora.get("down_proj", NO_LORA)
+    routed = hidden_states, top_k_index, top_k_weights
+    if len(hidden_states) <= TILE:
+        return experts_of_tile(self, *routed, *factors)
+    tiles = zip(*(tensor.split(TILE) for tensor in routed), strict=True)
+    return torch.cat(
+        [
+            checkpoint(
+                experts_of_tile,
+                self,
+                *tile,
+                *factors,
+                use_reentrant=False,
+                preserve_rng_state=False,  # nothing in it is random
+            )
+            for tile in tiles
+        ]
+    )
+
+
+def experts_of_tile(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    *factors: Any,
+) -> torch.Tensor:
+    """As experts_forward, at once. factors: LoRA's of both projections, or NO_LORA."""
+    up_factors, down_factors = factors[:3], factors[3:]
     top_k = top_k_index.shape[1]
     # Stable, so that pairs of one expert stay in the order of their tokens: the sums over them are
     # then the same in every run.
@@ -52,7 +93,6 @@ def experts_forward(
     # a count that the host has to read would make it wait for the router in every layer.
     bounds = torch.arange(1, self.num_experts + 1, device=order.device)
     offsets = torch.searchsorted(expert_ids, bounds).int()
-    lora: dict[str, Factors] = getattr(self, "lora_factors", {})
     # In fp32, because the gradient of a weight is the sum of two, which would be rounded each.
     weights = top_k_weights.float()
     # (T, E), zero where a token does not go: the weighted biases of a token's experts are a product
@@ -61,10 +101,10 @@ def experts_forward(
     biases = routing.to(self.down_proj_bias.dtype) @ self.down_proj_bias
 
     x, x_lora = Dispatch.apply(hidden_states.to(self.gate_up_proj.dtype), order, inverse, top_k)
-    y, y_lora = grouped_linear(x, x_lora, self.gate_up_proj, offsets, lora.get("gate_up_proj"))
+    y, y_lora = grouped_linear(x, x_lora, self.gate_up_proj, offsets, up_factors)
     bias, alpha, limit = self.gate_up_proj_bias, self.alpha, self.limit
     x, x_lora = ClampedSwiglu.apply(y, y_lora, bias, weights, expert_ids, order, alpha, limit)
-    y, y_lora = grouped_linear(x, x_lora, self.down_proj, offsets, lora.get("down_proj"))
+    y, y_lora = grouped_linear(x, x_lora, self.down_proj, offsets, down_factors)
     return Combine.apply(y, y_lora, biases, order, inverse, top_k)
 
 
@@ -78,7 +118,7 @@ def grouped_linear(
     x_lora: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
-    factors: Factors | None,
+    factors: Factors | tuple[None, None, float],
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Multiply each row of x (S, in) by its expert's weight (E, in, out), and by LoRA's factors.
 
@@ -87,7 +127,9 @@ def grouped_linear(
     """
     # The weight comes last. It saves nothing that depends on the layer's input, so a checkpointed
     # layer is not computed again beyond what LoRA saves (expert_ops.Combine).
-    lora = None if factors is None else grouped_lora(x_lora, offsets, *factors)
+    a, b, scaling = factors
+    has_lora = a is not None and b is not None
+    lora = grouped_lora(x_lora, offsets, a, b, scaling) if has_lora else None
     if isinstance(weight, Mxfp4Weight):
         return PackedGroupedMM.apply(x, weight.blocks, weight.scales, offsets), lora
     return grouped_mm(x, weight, offs=offsets), lora

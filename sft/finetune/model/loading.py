@@ -23,6 +23,7 @@ from transformers import (
 from finetune.errors import UserError
 from finetune.model.attention import isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts
+from finetune.model.norms import use_fused_norms
 from finetune.model.weights import BaseWeights, fill
 
 
@@ -98,6 +99,7 @@ def load_model(
             weights.model_id, revision=weights.revision
         )
     isolate_packed_sequences(model)
+    use_fused_norms(model)
 
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     offloaded = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
