@@ -117,10 +117,19 @@ def export(
     base = open_base(run_weights.record, moved_to=args.model)
     merged, lora = open_merged(run_weights, base)
     fingerprint = run_weights.record.identity()
-    record = ExportRecord(form, run_weights.origin, run_weights.step, fingerprint)
+    record = ExportRecord(
+        form,
+        run_weights.origin,
+        run_weights.step,
+        fingerprint,
+        weights_sha256=run_weights.weights_sha256,
+    )
     check_same_export(begun, record, output)
 
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be a folder: {error.strerror}") from None
     record.write(output, finished=False)
     print(f"{form} of {run_weights.folder}, step {run_weights.step}, to {output}", flush=True)
     name = args.push_to_hub or default_name(run_dir)

@@ -53,7 +53,7 @@ import sys
 
 from transformers import PreTrainedTokenizerBase
 
-from finetune.errors import one_line_errors
+from finetune.errors import UserError, one_line_errors
 from finetune.export.base import open_base
 from finetune.export.card import default_name
 from finetune.export.merge import MergedWeights, open_merged
@@ -68,7 +68,7 @@ from finetune.export.served_reference import (
     read_reference,
 )
 from finetune.export.served_template import template_problem
-from finetune.export.served_verdict import Verdict, align, judge
+from finetune.export.served_verdict import WRONG, Verdict, align, judge, places_of_base
 from finetune.export.source import find_run_weights
 from finetune.model.loading import load_tokenizer
 from finetune.summary import print_summary
@@ -79,6 +79,7 @@ STATUS = {True: 0, False: 1, None: 2}
 def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     """Ask the server, compare, and print the figures and the verdict. Raises UserError."""
     name = default_name(run_dir)
+    check_flags(args)
     client = Client(url, key=os.environ.get("API_KEY"), model=args.model, preferred=name)
     run_weights = find_run_weights(run_dir)
     base = open_base(run_weights.record, moved_to=args.base)
@@ -87,6 +88,16 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     reference = load_reference(run_dir, merged, args)
     served = ask(client, reference.places, tokenizer)
     verdict = judge(align(reference.places, served), max_error=args.max_error)
+    num_of_base = places_of_base(reference.places, served)
+    if num_of_base > 1 and verdict.text not in WRONG.values():
+        text = (
+            f"the base answers at {num_of_base} of {len(served)} places: one of several replicas?"
+        )
+        verdict = Verdict(False, text, verdict.rows)
+    num_answered = sum(map(bool, served))
+    if verdict.ok and 4 * num_answered < len(served):
+        text = f"cannot be told: the server answers at {num_answered} of {len(served)} places"
+        verdict = Verdict(None, text, verdict.rows)
     problem = template_problem(client, tokenizer)
     if problem is not None and verdict.ok:
         verdict = Verdict(False, problem, verdict.rows)
@@ -96,6 +107,14 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     )
     print(verdict.text, flush=True)
     return verdict
+
+
+def check_flags(args: VerifyArguments) -> None:
+    """Raise UserError for numbers that compare nothing, or let everything pass."""
+    if min(args.num_examples, args.num_places) < 1:
+        raise UserError("--num_examples and --num_places must be at least 1")
+    if args.max_error is not None and not 0 < args.max_error < float("inf"):
+        raise UserError(f"--max_error {args.max_error} is no distance in nats, such as 0.05")
 
 
 def ask(
@@ -116,6 +135,9 @@ def ask(
         raise refusals[0]
     if refusals:
         print(f"{len(refusals)} of {len(places)} places left out: {refusals[0]}", flush=True)
+    num_without = sum(not given for given in served) - len(refusals)
+    if num_without:
+        print(f"{num_without} of {len(places)} places without log-probabilities", flush=True)
     return served
 
 
@@ -138,5 +160,5 @@ def as_number(value: float | int) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(status=STATUS[None]):
         sys.exit(STATUS[verify(rest.url, rest.run, arguments).ok])

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -10,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
-
-from safetensors import SafetensorError
 
 from finetune.credentials import without_secrets
 
@@ -26,21 +25,26 @@ LOST_DISK = (
 )
 
 
+SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+
+
 class UserError(Exception):
     """Something the user can mend. Its message is the whole line the user reads."""
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """End with status 1 and one line on stderr for a UserError, a full or a lost disk; for any
-    other error with its traceback, in which credentials are left out.
+def one_line_errors(*, status: int = 1) -> Iterator[None]:
+    """End with this status and one line on stderr for a UserError, a full or a lost disk; for any
+    other error with its traceback, in which credentials are left out. Ctrl-C ends with status 130.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        fail("interrupted: the same command can be given again", status=130)
     except Exception as error:
         message = message_of(error)
         if message is not None:
-            fail(message)
+            fail(message, status=status)
         # Errors of aiohttp and others quote the URL that they asked for.
         text = without_secrets("".join(traceback.format_exception(error)))
         print(text, end="", file=sys.stderr, flush=True)
@@ -58,8 +62,10 @@ def message_of(error: Exception) -> str | None:
         if error.errno in LOST_DISK:
             reason = error.strerror
             return f"{file} cannot be read or written ({reason}): is the bucket still there?"
-    if isinstance(error, SafetensorError) and os.strerror(errno.ENOSPC) in str(error):
-        return "no space left writing the weights: free some, or raise disk_size"
+    # Written by Rust, in safetensors and tokenizers, or by numpy, which says how much it wrote.
+    is_short_write = isinstance(error, OSError) and SHORT_WRITE.fullmatch(str(error))
+    if is_short_write or os.strerror(errno.ENOSPC) in str(error):
+        return "no space left on the disk that is written to: free some, or raise disk_size"
     return None
 
 
@@ -76,8 +82,8 @@ def only_warn(action: str) -> Iterator[None]:
         print(f"warning: {action}: {reason}".encode("ascii", "replace").decode(), flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    """Print `error: message`, its further lines indented, once, and exit with status 1."""
+def fail(message: str, *, status: int = 1) -> NoReturn:
+    """Print `error: message`, its further lines indented, once, and exit with this status."""
     if is_first_to_fail():
         message = without_secrets(message)
         lines = [" ".join(line.split()) for line in message.splitlines()]
@@ -86,7 +92,7 @@ def fail(message: str) -> NoReturn:
         text = "\n  ".join(lines)
         print("error:", text, file=sys.stderr, flush=True)
         tell_launcher(text)
-    sys.exit(1)
+    sys.exit(status)
 
 
 def tell_launcher(message: str) -> None:

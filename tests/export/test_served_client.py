@@ -33,6 +33,11 @@ def serve() -> Iterator[Serve]:
             def do_GET(self) -> None:
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 answer = answers.get(self.path, 404)
+                if isinstance(answer, Iterator):  # another answer each time
+                    answer = next(answer)
+                if answer is None:
+                    self.close_connection = True
+                    return
                 self.send_response(answer if isinstance(answer, int) else 200)
                 text = answer if isinstance(answer, str) else json.dumps(answer)
                 self.send_header("Content-Length", str(len(text.encode())))
@@ -83,6 +88,21 @@ def test_what_is_no_such_server_is_one_line(answer: Any, message: str, serve: Se
     with pytest.raises(UserError, match=message) as error:
         connect(serve({"/v1/models": answer}))
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("first", [[503, 503], [429], [502, 500], [None], [None, None]])
+def test_a_server_that_loads_or_fails_once_is_asked_again(first: list[Any], serve: Serve) -> None:
+    assert connect(serve({"/v1/models": iter([*first, MODELS])})).model == "run"
+
+
+@pytest.mark.parametrize(
+    ("first", "message"), [([500] * 3, "answers 500"), ([None] * 3, "dropped the connection 3")]
+)
+def test_a_server_that_fails_again_and_again_is_named(
+    first: list[Any], message: str, serve: Serve
+) -> None:
+    with pytest.raises(UserError, match=message):
+        connect(serve({"/v1/models": iter([*first, MODELS])}))
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
@@ -136,6 +156,26 @@ def test_an_answer_of_another_form_is_one_line(
         client.next_log_probs([1, 2], tokenizer)
 
 
+@pytest.mark.parametrize("values", [[0.9, 0.05], [0.0, 0.0], ["Infinity", -1.0], [2.3, 4.6]])
+def test_what_are_no_log_probabilities_is_told(
+    values: list[Any], serve: Serve, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    given = {f"token_id:{number}": float(value) for number, value in enumerate(values)}
+    answer = {"choices": [{"logprobs": {"top_logprobs": [given]}}]}
+    client = connect(serve({"/v1/models": MODELS, "/v1/completions": answer}))
+    with pytest.raises(UserError, match="does not give natural logarithms of probabilities"):
+        client.next_log_probs([1, 2], tokenizer)
+
+
+def test_tokens_that_a_server_has_left_out_are_left_out_here(
+    serve: Serve, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    given = {"token_id:1": -0.5, "token_id:2": -9999.0, "token_id:3": float("-inf")}
+    answer = {"choices": [{"logprobs": {"top_logprobs": [given]}}]}
+    client = connect(serve({"/v1/models": MODELS, "/v1/completions": answer}))
+    assert client.next_log_probs([1, 2], tokenizer) == {1: -0.5}
+
+
 def test_an_engines_refusal_is_shown(serve: Serve, tokenizer: PreTrainedTokenizerBase) -> None:
     client = connect(serve({"/v1/models": MODELS, "/v1/completions": 400}))
     with pytest.raises(UserError, match="/v1/completions answers 400"):
@@ -152,7 +192,20 @@ def test_a_server_without_log_probabilities_is_told_apart(
     assert verdict.ok is None and "gives no log-probabilities" in verdict.text
 
 
-@pytest.mark.parametrize("answer", [[], "null", {"tokens": 3}, {"prompt": None}, {"usage": []}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        "null",
+        {"tokens": 3},
+        {"tokens": [1]},
+        {"tokens": ["a", "b"]},
+        {"prompt": None},
+        {"usage": []},
+        {"usage": {"prompt_tokens": 0}},
+        '{"usage": {"prompt_tokens": Infinity}}',
+    ],
+)
 def test_a_template_that_is_not_shown_is_not_compared(
     answer: Any, serve: Serve, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -1,5 +1,8 @@
 """sft/verify_served.py asks a real llama.cpp server over loopback, and says what answers."""
 
+import itertools
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from finetune.export.gguf_adapter import ADAPTER, write_adapter
 from finetune.export.gguf_model import MODEL, write_model
 from finetune.export.merge import MergedWeights
 from finetune.export.served_client import Client, token_id
-from finetune.export.served_reference import Place
+from finetune.export.served_reference import FILE, Place, read_reference
 from finetune.export.served_verdict import Compared, align, judge
 from finetune.model.loading import load_tokenizer
 from helpers.finished_runs import open_run, save_adapter_run
@@ -118,6 +121,61 @@ def test_another_chat_template_is_named(files: Path) -> None:
     template = "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}{% endfor %}"
     found = verdict(files, adapter=files / ADAPTER, chat_template=template)
     assert found.ok is False and "chat template differs" in found.text
+
+
+def test_a_replica_that_lacks_the_adapter_is_named(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It answers one request in twenty, too few for the distance over all places."""
+    base = start_server(files / "none" / MODEL)
+    of_base = Client(base.listening_address, key=None, model=None, preferred="run")
+    ask, numbers = Client.next_log_probs, itertools.count()
+
+    def one_of_two(client: Client, *args: Any) -> dict[int, float]:
+        return ask(of_base if next(numbers) % 20 == 0 else client, *args)
+
+    monkeypatch.setattr(Client, "next_log_probs", one_of_two)
+    found = verdict(files, adapter=files / ADAPTER)
+    assert found.ok is False and "the base answers at" in found.text
+
+
+def test_a_few_answers_are_too_few(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask, numbers = Client.next_log_probs, itertools.count()
+
+    def sometimes(client: Client, *args: Any) -> dict[int, float]:
+        return ask(client, *args) if next(numbers) % 8 == 0 else {}
+
+    monkeypatch.setattr(Client, "next_log_probs", sometimes)
+    found = verdict(files, adapter=files / ADAPTER)
+    assert found.ok is None and "answers at 8 of 64 places" in found.text
+
+
+def test_the_reference_of_other_weights_is_not_used(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """A run that was trained again has the same record, and other weights."""
+    server = start_server(files / "none" / MODEL, adapter=files / ADAPTER)
+    arguments = VerifyArguments(max_error=0.01)
+    folder = tmp_path / "run"
+    shutil.copytree(files / "run", folder)
+    assert verify(server.listening_address, folder, arguments).ok
+    save_adapter_run(folder, tiny_model, seed=1)
+    assert not verify(server.listening_address, folder, arguments).ok
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_error": float("nan")}, {"max_error": -1.0}, {"num_places": 0}, {"num_examples": 0}],
+)
+def test_numbers_that_compare_nothing_are_refused(options: dict[str, Any], files: Path) -> None:
+    with pytest.raises(UserError, match="--(max_error|num_examples)"):
+        verify("http://localhost:1", files / "run", VerifyArguments(**options))
+
+
+@pytest.mark.parametrize("places", [[], [{"tokens": [1], "candidates": [1], "log_probs": {}}]])
+def test_a_damaged_reference_is_computed_anew(places: list[Any], tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text(json.dumps({"identity": {}, "places": places}))
+    assert read_reference(tmp_path, {}) is None
 
 
 def test_places_beyond_the_servers_context_are_left_out(files: Path, capsys: Any) -> None:

@@ -20,8 +20,9 @@ Format = Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-adapter"]
 class ExportRecord:
     """What is exported, and how faithful the result is.
 
-    format, origin (`final` or `checkpoint-N`), step and fingerprint (RunRecord.identity()) decide
-    whether two calls make the same export. text: which conversations the export was compared on.
+    format, origin (`final` or `checkpoint-N`), step, fingerprint (RunRecord.identity()) and
+    weights_sha256 (of the run's weights, None where nothing recorded it) decide whether two calls
+    make the same export. text: which conversations the export was compared on.
     fidelity: what fidelity.measure_fidelity returned; None if the export was not verified. hints:
     sentences for the user.
     """
@@ -33,6 +34,7 @@ class ExportRecord:
     text: str | None = None
     fidelity: dict[str, Any] | None = None
     hints: list[str] = field(default_factory=list)
+    weights_sha256: str | None = None
 
     def write(self, output: Path, *, finished: bool) -> None:
         """Write it to the output folder; what was not measured is left out."""
@@ -49,6 +51,8 @@ def read_record(output: Path) -> ExportRecord | None:
 
     Raises UserError if it holds anything that is not an export.
     """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file, not a folder")
     part = f".{RECORD}.part"  # alone there if the first call was interrupted at once
     if not output.exists() or all(file.name == part for file in output.iterdir()):
         return None
@@ -67,7 +71,9 @@ def check_same_export(begun: ExportRecord | None, record: ExportRecord, output: 
     """Raise UserError if the folder holds another export than the one that is to be written."""
     if begun is None:
         return
-    names = ("format", "origin", "step", "fingerprint")
+    names = ["format", "origin", "step", "fingerprint"]
+    if begun.weights_sha256 is not None:  # version 0.1.0 did not record it
+        names.append("weights_sha256")
     if any(getattr(begun, name) != getattr(record, name) for name in names):
         raise UserError(
             f"{output} holds an export as {begun.format} of step {begun.step} or of another run: "

@@ -6,6 +6,7 @@ chat template makes of a message.
 """
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -18,6 +19,11 @@ from finetune.errors import UserError
 
 NUM_TOKENS = 20  # that are asked for; vLLM gives no more by default (--max-logprobs)
 TIMEOUT = 300  # seconds for one answer: a server may still be loading its kernels
+LOADING = 503, 429  # it will answer later: llama.cpp's server says 503 while it loads the model
+FAILED = 500, 502, 504  # one replica or a proxy, maybe
+TRIES = 3  # of a request that fails, or whose connection is dropped
+MOST = 100  # nats, so that what is no log-probability at all can be added up and told
+MASKED = -1000  # nats; servers write less for tokens that they left out, vLLM -9999
 
 
 class Refusal(UserError):
@@ -61,7 +67,7 @@ class Client:
         """Turn what an answer of another form makes Python raise into a line that shows it."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+        except (KeyError, TypeError, ValueError, AttributeError, LookupError, OverflowError):
             raise UserError(
                 f"{self.shown_url}{path} does not answer as OpenAI's API does: {str(answer)[:200]}"
             ) from None
@@ -73,14 +79,7 @@ class Client:
         return self.answer("POST", path, body)
 
     def answer(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        try:
-            response = self.http.request(method, self.url + path, json=body)
-        except httpx.TimeoutException:
-            raise UserError(f"{self.shown_url} has not answered in {TIMEOUT} s") from None
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise UserError(
-                f"{self.shown_url} cannot be reached ({error}): is it serving?"
-            ) from None
+        response = self.response(method, path, body)
         if response.status_code in (401, 403):
             raise UserError(
                 f"{self.shown_url} wants another key: export API_KEY as the server has it"
@@ -88,10 +87,35 @@ class Client:
         try:
             response.raise_for_status()
             return response.json()
-        except (httpx.HTTPStatusError, ValueError):
+        except (httpx.HTTPStatusError, ValueError, RecursionError):
             text = " ".join(response.text.split())[:200]
             kind = Refusal if response.status_code in (400, 413, 422) else UserError
             raise kind(f"{self.shown_url}{path} answers {response.status_code}: {text}") from None
+
+    def response(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
+        """Ask again while the server is loading or busy, and a few times where it fails."""
+        deadline, tries = time.monotonic() + TIMEOUT, 0
+        while True:
+            tries += 1
+            try:
+                response = self.http.request(method, self.url + path, json=body)
+            except httpx.TimeoutException:
+                raise UserError(f"{self.shown_url} has not answered in {TIMEOUT} s") from None
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
+                if tries == TRIES:
+                    raise UserError(
+                        f"{self.shown_url} has dropped the connection {tries} times ({error})"
+                    ) from None
+                continue
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise UserError(
+                    f"{self.shown_url} cannot be reached ({error}): is it serving?"
+                ) from None
+            is_loading = response.status_code in LOADING and time.monotonic() < deadline
+            if not is_loading and not (response.status_code in FAILED and tries < TRIES):
+                return response
+            wanted = response.headers.get("Retry-After", "")
+            time.sleep(min(int(wanted), 30) if wanted.isdecimal() else 1)
 
     def next_log_probs(
         self, tokens: list[int], tokenizer: PreTrainedTokenizerBase
@@ -112,6 +136,11 @@ class Client:
         answer = self.post("/v1/completions", body)
         with self.reading("/v1/completions", answer):
             found = log_probs_of(answer, tokenizer)
+        if sum(map(math.exp, found.values())) > 1.01:  # more than all tokens together have
+            raise UserError(
+                f"{self.shown_url}/v1/completions does not give natural logarithms of "
+                f"probabilities, but {list(found.values())[:3]}"
+            )
         return found
 
     def prompt_of(self, message: str, tokenizer: PreTrainedTokenizerBase) -> list[int] | int | None:
@@ -119,17 +148,19 @@ class Client:
         that does not show them, their number; None if it gives neither.
         """
         messages = [{"role": "user", "content": message}]
-        no_answer = UserError, KeyError, TypeError, ValueError, AttributeError
+        no_answer = UserError, KeyError, TypeError, ValueError, AttributeError, OverflowError
         with suppress(*no_answer):  # vLLM
             answer = self.post("/tokenize", {"model": self.model, "messages": messages})
-            if answer["tokens"]:
-                return list(answer["tokens"])
+            tokens = answer["tokens"]
+            # One token, or tokens in words: not what the template made of the message.
+            if len(tokens) > 1 and all(isinstance(token, int) for token in tokens):
+                return list(tokens)
         with suppress(*no_answer):  # llama.cpp
             prompt = self.post("/apply-template", {"messages": messages})["prompt"]
             return tokenizer.encode(prompt, add_special_tokens=False)
         body = {"model": self.model, "messages": messages, "max_tokens": 1}
         with suppress(*no_answer):
-            return int(self.post("/v1/chat/completions", body)["usage"]["prompt_tokens"])
+            return int(self.post("/v1/chat/completions", body)["usage"]["prompt_tokens"]) or None
         return None
 
 
@@ -150,12 +181,14 @@ def log_probs_of(answer: Any, tokenizer: PreTrainedTokenizerBase) -> dict[int, f
         pairs = []
     if any(math.isnan(value) for _, value in pairs):
         raise ValueError("a log-probability is not a number")
-    return dict(pairs)
+    return {number: min(value, MOST) for number, value in pairs if value > MASKED}
 
 
 def token_id(name: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The id behind vLLM's "token_id:17", or of a token's text; None if that is not one token."""
     if name.startswith("token_id:"):
         return int(name.removeprefix("token_id:"))
+    if "\ufffd" in name:  # a part of a character, of which hundreds of tokens look the same
+        return None
     ids = tokenizer.encode(name, add_special_tokens=False)
     return ids[0] if len(ids) == 1 else None

@@ -47,6 +47,7 @@ def identity_of(merged: MergedWeights, *, num_examples: int, num_places: int) ->
     """What decides whether a kept reference can be used again."""
     run = merged.run_weights
     values = {"origin": run.origin, "step": run.step, "run": run.record.identity()}
+    values["weights_sha256"] = run.weights_sha256
     return values | {"num_examples": num_examples, "num_places": num_places}
 
 
@@ -55,10 +56,19 @@ def read_reference(folder: Path, identity: dict[str, Any]) -> Reference | None:
     try:
         values = json.loads((folder / FILE).read_text())
         places = [Place(**place) for place in values["places"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = places and all(map(is_complete, places))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if not is_whole:
         return None
     same = values.get("identity") == json.loads(json.dumps(identity))
     return Reference(identity, places) if same else None
+
+
+def is_complete(place: Place) -> bool:
+    """Whether each model has a log-probability of every candidate."""
+    numbers = [len(values) for values in place.log_probs.values()]
+    return {"trained", "base"} <= place.log_probs.keys() and set(numbers) == {len(place.candidates)}
 
 
 def make_reference(

@@ -16,6 +16,7 @@ from finetune.export.served_reference import Place
 CLOSE = 0.25
 MIN_EFFECT = 0.01  # nats; where training changed less, an engine's rounding hides it
 MIN_VALUES = 40  # of log-probabilities compared; fewer say nothing
+MIN_VALUES_OF_PLACE, MIN_EFFECT_OF_PLACE = 5, 0.1  # of a place that is judged by itself
 WRONG = {
     "base": "the base answers: what was trained is not applied",
     "without_experts": "the adapter is applied without its experts",
@@ -55,6 +56,21 @@ def align(places: list[Place], served: list[dict[int, float]]) -> Compared:
                     values.append(place.log_probs[name][index])
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in models.items()}
     return Compared(torch.tensor(server, dtype=torch.float64), tensors)
+
+
+def places_of_base(places: list[Place], served: list[dict[int, float]]) -> int:
+    """At how many places the base answers, although training changed what follows there.
+
+    The distance over all places hides a few of them: those that one of several replicas answers.
+    """
+    number = 0
+    for place, given in zip(places, served, strict=True):
+        here = align([place], [given])
+        if len(here.server) >= MIN_VALUES_OF_PLACE:
+            change = rms(here.models["trained"] - here.models["base"])
+            is_base = rms(here.server - here.models["base"]) < change / 4
+            number += change > MIN_EFFECT_OF_PLACE and is_base
+    return number
 
 
 def rms(values: torch.Tensor) -> float:

@@ -26,6 +26,8 @@ from finetune.checkpoint.manifest import (
     newest_checkpoint,
     print_skipped,
     read_manifest,
+    sha256,
+    sha256_of,
 )
 from finetune.checkpoint.summary_file import REMEDY, SUMMARY, read_summary
 from finetune.errors import UserError
@@ -44,11 +46,13 @@ class RunWeights(ABC):
     folder: what is read; origin: its name, `final` or `checkpoint-N`; step: of the optimizer, None
     if the run did not record it; record: what was trained on what; shapes: of each tensor, by name;
     lora_file: where the adapter's configuration is from; summary: the run's summary.json, empty of
-    a run that has not finished.
+    a run that has not finished; weights_sha256: over the hashes of the weights' files, None where
+    an earlier version recorded none.
     """
 
     lora_file: Path
     summary: dict[str, Any]
+    weights_sha256: str | None
 
     def __init__(self, folder: Path, *, step: int | None, record: RunRecord) -> None:
         self.folder, self.step, self.record = folder, step, record
@@ -92,6 +96,12 @@ class FinalArtifact(RunWeights):
             record = newest_record(run_dir)
         super().__init__(folder, step=summary.get("steps"), record=record)
         self.summary = summary
+        hashes = summary.get("sha256", {})
+        weights = {name: hashes[name] for name in hashes if name.endswith(".safetensors")}
+        if not weights and self.is_adapter:  # version 0.1.0 recorded none; an adapter is read fast
+            with naming(folder / ADAPTER):
+                weights = {ADAPTER: sha256(folder / ADAPTER)}
+        self.weights_sha256 = sha256_of(weights) if weights else None
         self.lora_file = folder / "adapter_config.json"
         if self.is_adapter:
             self.files = read_names([folder / ADAPTER])
@@ -125,6 +135,7 @@ class SavedCheckpoint(RunWeights):
         manifest = read_manifest(folder)
         super().__init__(folder, step=manifest["step"], record=read_record(folder))
         self.lora_file = folder / MANIFEST
+        self.weights_sha256 = sha256_of(manifest["files"])
         if not (folder / METADATA).exists():
             raise UserError(f"{folder} is DeepSpeed's: export once the run has finished")
         self.reader = CheckpointReader(folder)
