@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import fail, only_warn
+from finetune.errors import UserError, fail, one_line_errors, only_warn
 from helpers.launching import launch_command
 from helpers.paths import CPU_ENVS
 
@@ -41,6 +41,30 @@ def test_what_is_nice_to_have_warns_in_one_line_and_raises_nothing(
     with only_warn("the plot cannot be drawn"):
         raise ValueError("two\nlines")
     assert capsys.readouterr().out == "warning: the plot cannot be drawn: ValueError: two lines\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "status"),
+    [
+        (KeyboardInterrupt(), "interrupted: the same command can be given again", 130),
+        (UserError("no such run"), "no such run", 2),
+        (OSError("2048 requested and 456 written"), "no space left on the disk", 2),  # numpy's
+        (Exception("No space left on device (os error 28)"), "no space left on the disk", 2),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    error: BaseException,
+    text: str,
+    status: int,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as ended, one_line_errors(status=2):
+        raise error
+    printed = capsys.readouterr().err
+    assert ended.value.code == status and printed.startswith(f"error: {text}")
+    assert printed.count("\n") == 1
 
 
 def test_an_error_that_quotes_data_cannot_steer_the_terminal(

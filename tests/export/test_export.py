@@ -89,6 +89,27 @@ def test_a_folder_with_something_else_is_left_alone(run_dir: Path, tmp_path: Pat
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["notes.txt"]
 
 
+def test_what_cannot_be_a_folder_is_refused_in_one_line(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("file", "file/out", "loop", 300 * "n"):
+        with pytest.raises(UserError, match="--output .* cannot be a folder"):
+            export(run_dir, unverified("adapter", tmp_path / name))
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_an_export_is_not_mixed_with_that_of_a_run_trained_again(
+    run_dir: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    export(run_dir, unverified("gguf", output))
+    before = (output / "model.gguf").read_bytes()
+    save_adapter_run(run_dir, tiny_model, seed=1)
+    with pytest.raises(UserError, match="of another run: give another --output"):
+        export(run_dir, unverified("gguf", output))
+    assert (output / "model.gguf").read_bytes() == before
+
+
 @pytest.mark.slow
 def test_a_damaged_run_is_one_line_and_status_1(run_dir: Path, tmp_path: Path) -> None:
     file = run_dir / "final" / ADAPTER

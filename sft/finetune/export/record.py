@@ -51,11 +51,12 @@ def read_record(output: Path) -> ExportRecord | None:
 
     Raises UserError if it holds anything that is not an export.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file, not a folder")
     part = f".{RECORD}.part"  # alone there if the first call was interrupted at once
-    if not output.exists() or all(file.name == part for file in output.iterdir()):
-        return None
+    try:
+        if not output.exists() or all(file.name == part for file in output.iterdir()):
+            return None
+    except OSError as error:
+        raise UserError(f"--output {output} cannot be a folder: {error.strerror}") from None
     try:
         values = json.loads((output / RECORD).read_text())
         known = {f.name: values[f.name] for f in fields(ExportRecord) if f.name in values}
