@@ -95,9 +95,12 @@ def unknown_role(message: Row, where: str) -> str:
 
 def check_text(turn: Row, findings: Findings) -> None:
     """Refuse what cannot be encoded; warn of another format's markup."""
-    for text in (turn["content"], turn.get("thinking") or ""):
-        if not is_unicode(text):
-            findings.problems.append(f"{turn['where']} has half a surrogate pair: no valid Unicode")
+    for key in ("content", "thinking", "name"):
+        if not is_unicode(turn.get(key) or ""):
+            inside = "" if key == "content" else f" in its `{key}`"
+            findings.problems.append(
+                f"{turn['where']} has half a surrogate pair{inside}: no valid Unicode"
+            )
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
     if turn["role"] == "assistant" and (name := name_in_bare_call(turn["content"])):
         tag = f'{{"name": "{name}", ...'
