@@ -152,6 +152,7 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (chat(HI, CALLING, COLD, YES, tools=[None, {"function": {**TOOL, "parameters": {**SCHEMA, "properties": {**SCHEMA["properties"], "zip": {"type": None}}}}}]), f"TOOLS{CALLED}{RESULT}"),  # type: ignore[dict-item]
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo", "zip": float("nan")}}]}, tools=[TOOL]), f"TOOLS{CALLED}"),
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": "null"}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', "{}")),
     # Tools: where they stand, and their schemas.
     (chat(HI, CALLING, tools=[TOOL | {"parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "City", "required": True}}}}]), f"TOOLS{CALLED}"),
     (chat(HI, YES, tools=[TOOL | {"parameters": {"type": "object", "properties": [{"name": "city"}]}}]), "refused: tools[0] has a list as `properties`, not an object by names"),

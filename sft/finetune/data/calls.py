@@ -1,15 +1,17 @@
 """Calls of functions, from the forms in which datasets keep them, and their results."""
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune.data.findings import Findings
+from finetune.data.json_rows import unique_keys
 from finetune.data.tools import check_name, function_of, without_added_nulls
 from finetune.data.values import Row, is_absent, is_unicode, json_text, type_in_words, value_of
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 CALL_KEYS = {"id", "call_id", "type", "function", "index", "name", *ARGUMENTS}
 CALL_TYPES = ("function", "tool_use", "function_call", "tool_call")
+NULLS = ("null", "None", "nan", "NaN")
 
 
 def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings) -> Row:
@@ -52,23 +54,48 @@ def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
         except ValueError as error:
             findings.problems.append(f"{where} has `arguments` that {error}")
             return "{}"
-    try:
-        if isinstance(arguments, str):
-            value = json.loads(arguments)
-            if isinstance(value, dict | list):
-                return arguments
-            if isinstance(value, str) and isinstance(json.loads(value), dict):
-                return value  # JSON that was written as JSON once more
-    except ValueError:
-        pass
-    except RecursionError:
-        findings.problems.append(f"{where} has `arguments` that are nested too deep")
+    if isinstance(arguments, str) and arguments.strip() in NULLS:
+        findings.notes.append("`arguments` that are null, as text, read as {}")
         return "{}"
+    problem = "are neither object nor text"
     if isinstance(arguments, str):
-        findings.problems.append(f"{where} has `arguments` that are not JSON: {arguments[:40]!r}")
-    else:
-        findings.problems.append(f"{where} has `arguments` that are neither object nor text")
+        try:
+            return checked_text(arguments)
+        except ValueError as error:
+            problem = str(error)
+        except RecursionError:
+            problem = "are nested too deep"
+    findings.problems.append(f"{where} has `arguments` that {problem}")
     return "{}"
+
+
+def checked_text(text: str) -> str:
+    """A text that is the JSON of a call's arguments. Raises ValueError if it is not.
+
+    What an object could not hold is refused in a text too: it would be learnt as it stands.
+    """
+    try:
+        value = strict_json(text)
+        if isinstance(value, str):
+            text, value = value, strict_json(value)  # JSON that was written as JSON once more
+    except json.JSONDecodeError:
+        raise ValueError(f"are not JSON: {text[:40]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"are not valid: {error}") from None
+    if not isinstance(value, dict | list):
+        raise ValueError(f"are {type_in_words(value)}, not an object: {text[:40]!r}")
+    if not is_unicode(json_text(value)):
+        raise ValueError("spell half a surrogate pair: not valid Unicode")
+    return text
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for NaN, and for a key that appears twice."""
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def take_answered(result: Row, unanswered: list[Row], later: set[str]) -> str:
