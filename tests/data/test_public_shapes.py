@@ -136,8 +136,12 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
         '<functioncall> {"name": "get_weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>',
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
         '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}',
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]</TOOLCALL>',
+        '<TOOL_CALL>{"name": "get_weather", "arguments": {"city": "Oslo"}}</TOOL_CALL>',
         '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Oslo"}}<|eom_id|>',
         '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]<|/tool_call|>']),
+    (chat(HI, YES | {"content": '[{"name": "f", "arguments": {}}]'}, COLD, YES), 'refused: messages[2]: a tool\'s result that answers no call; messages[1] has `{"name": "f", ...` in its text: write calls as `tool_calls`'),
+    (chat(HI, YES, COLD, YES), "refused: messages[2]: a tool's result that answers no call"),
     (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
     (saying("Yes.", thinking="T", reasoning="U"), "refused: messages[1] has two different thoughts beside its `content`"),
@@ -226,6 +230,20 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying("analysisT assistantfinalYes."), "messages[1] has `analysis` in its text"),
         (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
+        *((saying(text), 'messages[1] has `{"name": "f", ...` in its text: left') for text in [
+            '[{"name": "f", "arguments": {"a": 1}}]', '{"tool_calls": [{"name": "f", "arguments": {}}]}',
+            '{"name": "f", "arguments": {}, "id": "1"}', '{"function": "f", "arguments": {}}',
+            '{"type": "function", "function": {"name": "f", "arguments": "{}"}}', '```json\n{"name": "f", "arguments": {}}\n```']),
+        (saying('[Market Trends API(trend_type="X", country="us")]'), "messages[1] has `[Market Trends API(` in its text"),
+        (chat(HI, YES | {"content": "[Get-It(Oslo)]"}, tools=[{"name": "Get-It"}]), "messages[1] has `[Get-It(` in its text"),
+        (chat(HI, YES | {"content": "get_weather('Oslo')"}, tools=[TOOL]), "messages[1] has `get_weather(` in its text"),
+        (chat(HI, YES | {"content": '{"name": "get_weather", "input": {}}'}, tools=[TOOL]), 'messages[1] has `{"name": "get_weather", ...`'),
+        (chat(HI, YES | {"content": 'Now:\n{"name": "get_weather", "arguments": {}}'}, tools=[TOOL]), 'messages[1] has `"name": "get_weather"`'),
+        *((saying(text), f"messages[1] has `{tag}` in its text: left") for text, tag in [
+            ("```tool_code\nf(x)\n```", "```tool_code"), ("<function-call>{}</function-call>", "<function-call>"), ("<tool>f</tool>", "</tool>"),
+            ("<start_function_call>f", "<start_function_call>"), ("<<function>>f(x)", "<<function>>"), (">>>f\n{}", ">>>f\n{"),
+            ("✿FUNCTION✿: f", "✿FUNCTION✿"), ("<use_mcp_tool>f", "<use_mcp_tool>"), ("Action_input: {}", "Action_input:")]),
+        (saying("<TOOLCALL>f(x)</TOOLCALL>"), "messages[1] has `<TOOLCALL>` before what is not JSON"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
         ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),
         ({"text": "a <|eot_id|> b"}, "`text` has `<|eot_id|>` in it"),
@@ -235,6 +253,17 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
 def test_markup_that_stays_is_warned_of(row: dict[str, Any], words: str) -> None:
     _, findings = read_row(row)
     assert len(findings.warnings) == 1 and words in findings.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ann", "input": 3}', '[{"name": "Ann", "age": 30}]', '{"function": "sin", "args": [1]}',
+        "[see Table 1 (a)]", "f(x)", '{"name": "f", "description": "A tool.", "parameters": {}}', "[1, 2]", "[]",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_call_is_not_warned_of(text: str) -> None:
+    assert read_row(saying(text) | {"tools": [TOOL]})[1].warnings == []
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from finetune.data.loss_keys import (
     is_in_loss,
     note_prompt_in_loss,
 )
-from finetune.data.markup import foreign_tag, name_in_bare_call, opening_of_template
+from finetune.data.markup import call_in_text, foreign_tag, opening_of_template
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
@@ -73,7 +73,7 @@ def read_message(
         turn["where"] = where
         if not in_loss:
             turn["in_loss"] = False
-        check_text(turn, findings)
+        check_text(turn, schemas, findings)
     return turns
 
 
@@ -93,8 +93,8 @@ def unknown_role(message: Row, where: str) -> str:
     return f"{where} has the role {given!r}, not one of {', '.join(ROLES)}"
 
 
-def check_text(turn: Row, findings: Findings) -> None:
-    """Refuse what cannot be encoded; warn of another format's markup."""
+def check_text(turn: Row, schemas: dict[str, Any], findings: Findings) -> None:
+    """Refuse what cannot be encoded; warn of another format's markup and of calls in a text."""
     for key in ("content", "thinking", "name"):
         if not is_unicode(turn.get(key) or ""):
             inside = "" if key == "content" else f" in its `{key}`"
@@ -102,8 +102,8 @@ def check_text(turn: Row, findings: Findings) -> None:
                 f"{turn['where']} has half a surrogate pair{inside}: no valid Unicode"
             )
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
-    if turn["role"] == "assistant" and (name := name_in_bare_call(turn["content"])):
-        tag = f'{{"name": "{name}", ...'
+    if turn["role"] == "assistant" and tag is None:
+        tag = call_in_text(turn["content"], schemas)
     if turn["role"] == "user" and (opening := opening_of_template(turn["content"])):
         tag = opening.strip()
     if tag is not None and not any(w.startswith(turn["where"]) for w in findings.warnings):

@@ -28,7 +28,8 @@ def join_turns(turns: list[Row], findings: Findings) -> list[Row]:
             unanswered = [call for turn in turns[start:end] for call in turn["tool_calls"]]
         elif role == "tool":
             later = {str(turn["id"]) for turn in results_behind(turns, start)}
-            answer(turns[start], unanswered, later, findings)
+            before = turns[start - 1] if start else turns[start]
+            answer(turns[start], unanswered, later, before, findings)
         else:
             unanswered = []
         start = end
@@ -79,10 +80,19 @@ def results_behind(turns: list[Row], start: int) -> list[Row]:
     return list(takewhile(lambda turn: turn["role"] == "tool", turns[start + 1 :]))
 
 
-def answer(turn: Row, unanswered: list[Row], later: set[str], findings: Findings) -> None:
-    """Name the function whose result a turn is. later: the ids that the results behind it have."""
+def answer(
+    turn: Row, unanswered: list[Row], later: set[str], before: Row, findings: Findings
+) -> None:
+    """Name the function whose result a turn is. later: the ids that the results behind it have.
+
+    before: the turn before it, whose text may hold a call that could not be read.
+    """
     if not unanswered:
-        findings.problems.append(f"{turn['where']}: a tool's result that answers no call")
+        reason = f"{turn['where']}: a tool's result that answers no call"
+        warning = next((w for w in findings.warnings if w.startswith(f"{before['where']} ")), None)
+        if warning is not None and before["role"] == "assistant":
+            reason += f"; {warning.removesuffix(': left as it stands')}: write calls as `tool_calls`"
+        findings.problems.append(reason)
         return
     ids = {str(call["id"]) for call in unanswered} - {"None"}
     if ids and turn["id"] is not None and str(turn["id"]) not in ids:
