@@ -123,11 +123,15 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     ), instructed("S\n\n# Tools" + "TOOLS") + THOUGHT),
     # Other formats' markup.
     *((saying(text), THOUGHT) for text in [
-        "<think>\nT\n</think>\n\nYes.", "T</think>Yes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
+        "<think>\nT\n</think>\n\nYes.", "T\n</think>\n\nYes.", "T</think>\nYes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
         "<|begin_of_thought|>T<|end_of_thought|>\n\n<|begin_of_solution|>Yes.<|end_of_solution|>", "<think>T</think><answer>Yes.</answer>",
         "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
         "<|im_start|>assistant\n<think>T</think>Yes.<|im_end|>", "<Think>T</Think>Yes.", "<scratchpad>T</scratchpad>Yes.", "<|think|>T<|/think|>Yes.",
-        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "<|channel>thought\nT<channel|>Yes.", "<think>T</think><output>Yes.</output>"]),
+        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "<|channel>thought\nT<channel|>Yes.", "<think>T</think><output>Yes.</output>",
+        "<Thought>T</Thought>\n<Output>Yes.</Output>", "<THOUGHT>T</THOUGHT>Yes.", "<Reasoning>T</Reasoning>Yes.", "<REASONING>T</REASONING><CONCLUSION>Yes.</CONCLUSION>",
+        "<reasoning_process>T</reasoning_process>Yes.", "<rationale>T</rationale>Yes.", "<cot>T</cot>Yes.", "<scratch_pad>T</scratch_pad>Yes.",
+        "<internal_monologue>T</internal_monologue>Yes.", "<begin_of_thought>T<end_of_thought>Yes.", "<think >T</think >Yes.", "&lt;think&gt;T&lt;/think&gt;Yes.",
+        "<start_working_out>T<end_working_out><SOLUTION>Yes.</SOLUTION>"]),
     *((saying("Yes.", **{key: "T"}), THOUGHT) for key in ("thoughts", "think", "chain_of_thought", "cot", "rationale", "reasoning_text")),
     *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>", "Yes.<|end|><|endoftext|>", "Yes.<｜end▁of▁sentence｜>"]),
     *((saying(text), CALLED) for text in [
@@ -142,6 +146,7 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
         '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]<|/tool_call|>']),
     (chat(HI, YES | {"content": '[{"name": "f", "arguments": {}}]'}, COLD, YES), 'refused: messages[2]: a tool\'s result that answers no call; messages[1] has `{"name": "f", ...` in its text: write calls as `tool_calls`'),
     (chat(HI, YES, COLD, YES), "refused: messages[2]: a tool's result that answers no call"),
+    (saying("T\n</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
     (saying("Yes.", thinking="T", reasoning="U"), "refused: messages[1] has two different thoughts beside its `content`"),
@@ -221,6 +226,12 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
     ("row", "words"),
     [
         (saying("<think x='y'>T</think>Yes."), "messages[1] has `<think>` behind the beginning"),
+        (saying("T</think>Yes."), "messages[1] has `</think>` inside its text, without `<think>` before it: left"),
+        (saying("```python\nanswer = text.split('</think>')[-1]\n```"), "messages[1] has `</think>` inside its text"),
+        (saying("```\nT\n</think>\n```\nends it."), "messages[1] has `</think>` inside its text"),
+        (saying("Yes. <Thought>T</Thought>"), "messages[1] has `<Thought>` in its text: left"),
+        (saying("<SUMMARY>S</SUMMARY><REASONING>T</REASONING>Yes."), "messages[1] has `<REASONING>` in its text: left"),
+        (saying("<cot>T"), "messages[1] has `<cot>` and `</cot>` that do not make one pair: left"),
         (saying("<analysis>T</analysis>Yes."), "messages[1] has `<analysis>` in its text"),
         (saying("[get_weather(city='Oslo')]"), "messages[1] has `[get_weather(city='Oslo')]`"),
         (saying("Thought: T\nAction: f\nAction Input: {}"), "messages[1] has `Action Input:`"),

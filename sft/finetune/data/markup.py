@@ -24,8 +24,10 @@ class Unclear(ValueError):
     """Markup that can be read in more than one way. The message says why."""
 
 
+# Capitals and spaces before the `>` are no difference.
 THINKING_TAGS = (
     ("<think>", "</think>"),
+    ("&lt;think&gt;", "&lt;/think&gt;"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
@@ -33,13 +35,18 @@ THINKING_TAGS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
-    ("<Think>", "</Think>"),
-    ("<THINK>", "</THINK>"),
     ("<thoughts>", "</thoughts>"),
     ("<thought_process>", "</thought_process>"),
     ("<inner_thoughts>", "</inner_thoughts>"),
     ("<inner_monologue>", "</inner_monologue>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<scratch_pad>", "</scratch_pad>"),
+    ("<internal_monologue>", "</internal_monologue>"),
+    ("<reasoning_process>", "</reasoning_process>"),
+    ("<begin_of_thought>", "<end_of_thought>"),
+    ("<start_working_out>", "<end_working_out>"),
+    ("<rationale>", "</rationale>"),
+    ("<cot>", "</cot>"),
     ("<antThinking>", "</antThinking>"),
     ("<|think|>", "<|/think|>"),
     ("<|think_start|>", "<|think_end|>"),
@@ -53,8 +60,21 @@ SOLUTION_TAGS = (
     ("<solution>", "</solution>"),
     ("<response>", "</response>"),
     ("<output>", "</output>"),
+    ("<conclusion>", "</conclusion>"),
+    ("<begin_of_solution>", "<end_of_solution>"),
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
+
+
+def pattern_of(tag: str) -> re.Pattern[str]:
+    text = re.escape(tag[:-1]) + r"\s*>" if tag.startswith("<") and tag[-1] == ">" else re.escape(tag)
+    return re.compile(text, re.IGNORECASE)
+
+
+PATTERNS = {tag: pattern_of(tag) for pair in (*THINKING_TAGS, *SOLUTION_TAGS) for tag in pair}
+THINKING_WORDS = "|".join(re.escape(tag[1:-1]) for tag, end in THINKING_TAGS if end == f"</{tag[1:]}")
+# A pair of thinking's tags behind the beginning of an answer.
+LATER_THINKING = re.compile(rf"<({THINKING_WORDS})\s*>(?=.*</\1\s*>)", re.IGNORECASE | re.DOTALL)
 # Tokens with which another model opens and ends an answer. They are no part of it.
 OPENINGS = (
     "<|im_start|>assistant\n",
@@ -137,7 +157,7 @@ LISTED_CALL = re.compile(r"\A\[(?P<name>\w[\w .:/-]*)\((?P<arguments>.*)\)\]\Z",
 PYTHON_CALL = re.compile(r"\A(?P<name>[\w.-]+)\(.*\)\Z", re.DOTALL)
 NAMED = re.compile(r'"(?:name|function|action)"\s*:\s*"([^"\n]{1,100})"')
 # Most answers have none of these, and are looked at no further.
-SIGNS = ("<", "[", "◁")
+SIGNS = ("<", "[", "◁", "&lt;")
 WORDS = ("assistantfinal", "nput:", "✿", ">>>", "```tool")
 
 
@@ -201,6 +221,12 @@ def name_of_call(value: Any, offered: Collection[str]) -> str | None:
     return name if is_call else None
 
 
+def later_thinking(text: str) -> str | None:
+    """A tag of thinking that is left in an answer, if it is one of a pair; None otherwise."""
+    match = LATER_THINKING.search(text) if "</" in text else None
+    return match and match[0]
+
+
 def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
     """The parts of a text and the markup found; None if there is none. Raises Unclear."""
     if not any(sign in text for sign in SIGNS):
@@ -252,30 +278,52 @@ def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
 
 def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
     """The thinking that a text begins with, and the text behind it."""
-    body = text.lstrip()
+    body, lower = text.lstrip(), text.lower()
     for opening, closing in THINKING_TAGS:
-        if opening not in text and closing not in text:
+        # Most texts have no tag, and to look for one by its pattern takes longer.
+        if not any(tag.lower().rstrip(">") in lower for tag in (opening, closing)):
             continue
-        # R1's template writes the opening tag itself, so that some datasets lack it.
-        is_implied = opening == "<think>" and "<think" not in text
-        if not body.startswith(opening) and not is_implied:
-            if opening in ("<think>", "[THINK]") or opening not in text:
+        begun = [*PATTERNS[opening].finditer(body)]
+        ended = [*PATTERNS[closing].finditer(body)]
+        if not begun and not ended:
+            continue
+        if opening == "<think>" and "<think" not in lower and len(ended) == 1:
+            begins = 0 if is_implied(body, ended[0]) else None
+        else:
+            begins = begun[0].end() if begun and begun[0].start() == 0 else None
+        if begins is None:
+            if not begun and "<think" not in lower:
+                raise Unclear(f"`{closing}` inside its text, without `{opening}` before it")
+            if opening in ("<think>", "[THINK]"):
                 raise Unclear(f"`{opening}` behind the beginning of its text")
             continue
-        if text.count(opening) > 1 or text.count(closing) != 1:
+        if len(begun) > 1 or len(ended) != 1:
             raise Unclear(f"`{opening}` and `{closing}` that do not make one pair")
-        thinking, _, answer = body.removeprefix(opening).partition(closing)
         found.append(f"`{opening.strip()}` read as thinking")
+        thinking, answer = body[begins : ended[0].start()], body[ended[0].end() :]
         return thinking.strip(), unwrapped(answer)
     return "", text
 
 
+def is_implied(text: str, closing: re.Match[str]) -> bool:
+    """Whether a `</think>` ends thinking whose opening tag is missing, since R1's template writes it.
+
+    One in the middle of a line, or in a block of code, is what the text is about.
+    """
+    before, after = text[: closing.start()], text[closing.end() :]
+    line_is_over = not after.split("\n", 1)[0].strip()
+    return line_is_over and before.count("```") % 2 == 0
+
+
 def unwrapped(answer: str) -> str:
     """The answer behind the thinking, without the tags that hold all of it."""
+    bare = answer.strip()
     for opening, closing in SOLUTION_TAGS:
-        inner = answer.strip().removeprefix(opening).removesuffix(closing)
-        if f"{opening}{inner}{closing}" == answer.strip() and opening not in inner:
-            return inner.strip("\n")
+        begun, ended = PATTERNS[opening].match(bare), [*PATTERNS[closing].finditer(bare)]
+        if begun and ended and ended[-1].end() == len(bare):
+            inner = bare[begun.end() : ended[-1].start()]
+            if not PATTERNS[opening].search(inner):
+                return inner.strip("\n")
     return answer.lstrip().strip("\n")
 
 

@@ -23,7 +23,12 @@ from finetune.data.loss_keys import (
     is_in_loss,
     note_prompt_in_loss,
 )
-from finetune.data.markup import call_in_text, foreign_tag, opening_of_template
+from finetune.data.markup import (
+    call_in_text,
+    foreign_tag,
+    later_thinking,
+    opening_of_template,
+)
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
@@ -103,7 +108,7 @@ def check_text(turn: Row, schemas: dict[str, Any], findings: Findings) -> None:
             )
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
     if turn["role"] == "assistant" and tag is None:
-        tag = call_in_text(turn["content"], schemas)
+        tag = later_thinking(turn["content"]) or call_in_text(turn["content"], schemas)
     if turn["role"] == "user" and (opening := opening_of_template(turn["content"])):
         tag = opening.strip()
     if tag is not None and not any(w.startswith(turn["where"]) for w in findings.warnings):
