@@ -14,6 +14,7 @@ YES = {"role": "assistant", "content": "Yes."}
 CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
 CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": CALL}]}
 COLD = {"role": "tool", "tool_call_id": "1", "content": "-3"}
+WITH_NULL = {"city": "Oslo", "zip": None}
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "City"}},
@@ -146,6 +147,35 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
         '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]<|/tool_call|>']),
     (chat(HI, YES | {"content": '[{"name": "f", "arguments": {}}]'}, COLD, YES), 'refused: messages[2]: a tool\'s result that answers no call; messages[1] has `{"name": "f", ...` in its text: write calls as `tool_calls`'),
     (chat(HI, YES, COLD, YES), "refused: messages[2]: a tool's result that answers no call"),
+    # Thoughts that bring their tags, and thoughts in two places.
+    *((saying("Yes.", **{key: text}), THOUGHT) for key in ("reasoning_content", "thinking", "analysis") for text in [
+        "<think>\nT\n</think>", "<think>T", "T\n</think>", "T<|im_end|>", "<Thought>T</Thought>", "<|channel|>analysis<|message|>T<|end|>"]),
+    ({"user": "Hi", "analysis": "<think>T</think>", "final": "Yes."}, THOUGHT),
+    (saying([{"type": "thinking", "thinking": "<think>T</think>"}, {"type": "text", "text": "Yes."}]), THOUGHT),
+    (saying("<think>T</think>Yes.", reasoning_content="<think>\nT\n</think>"), THOUGHT),
+    (saying("Yes.", thinking="T", reasoning="<think>T</think>"), THOUGHT),
+    (saying([{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "Yes."}], reasoning_content="T"), THOUGHT),
+    (saying([{"type": "thinking", "thinking": "A"}, {"type": "text", "text": "Yes."}], reasoning_content="B"), "refused: messages[1] has thinking beside its `content` and inside it"),
+    (saying("<think>A</think>Yes.", thinking="B"), "refused: messages[1] has thinking beside its `content` and inside it"),
+    (saying("Yes.", additional_kwargs={"reasoning_content": "T"}), THOUGHT),
+    (saying("Yes.", info={"think_content": "T", "answer_content": "Yes."}), THOUGHT),
+    (saying("<think>T</think>Yes.", info={"think_content": "T!"}), THOUGHT),
+    (saying("Yes.", info={"think_content": ["T"]}), "refused: messages[1] has a list as `info.think_content`, not text"),
+    (saying([{"type": "text", "text": "A"}, {"type": "thinking", "thinking": "T"}, {"type": "text", "text": "Yes."}]), "refused: messages[1] has thinking or text behind its answer: write its parts in the order thinking, text, calls"),
+    # A call in two places.
+    (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"id": "1", "function": CALL}]), CALLED),
+    (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"function": CALL | {"arguments": {}}}]), "refused: messages[1] has calls in its `content` and different ones beside it"),
+    (saying(None, function_call=CALL, tool_calls=[{"function": CALL | {"arguments": '{"city": "Oslo"}'}}]), CALLED),
+    (saying(None, function_call=CALL, tool_calls=[{"function": {"name": "f"}}]), "refused: messages[1] has a `function_call` and different `tool_calls`"),
+    (chat(HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Oslo"}}], "tool_calls": [{"id": "1", "function": CALL}]}, COLD, YES), CALLED + RESULT),
+    # ShareGPT's function_call, harmony's preamble and recipient.
+    *((chat(HI, {key: "function_call", "value": json.dumps(CALL)} | more), CALLED) for key, more in [("speaker", {}), ("sender", {}), ("from", {"role": None})]),
+    (chat(HI, {"from": "function_call", "value": f"<think>T</think>{json.dumps(CALL)}"}), CALLED.replace("«", "«<|channel|>analysis<|message|>T<|end|><|start|>assistant")),
+    (chat(HI, {"from": "function_call", "value": "f(city)"}), "refused: messages[1] has a call that is not JSON with a `name` and `arguments`: 'f(city)'"),
+    (chat(HI, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1, "a": 2}}'}), "refused: messages[1] has a call in which the key 'a' appears twice in one object"),
+    (chat(HI, YES | {"recipient": "all"}), ANSWERED),
+    (chat(HI, YES | {"channel": "commentary"}), "refused: messages[1] has a preamble alone (the channel `commentary`): the answer is missing"),
+    (saying("<|channel|>commentary<|message|>Yes.<|end|>"), "refused: messages[1] has a preamble alone (the channel `commentary`): the answer is missing"),
     (saying("T\n</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
@@ -160,7 +190,16 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (chat(HI, YES | {"function_call": {"name": None, "arguments": None}, "tool_calls": [None]}, tools="None", system="null"), ANSWERED),
     (chat(HI, CALLING, COLD, YES, tools=[None, {"function": {**TOOL, "parameters": {**SCHEMA, "properties": {**SCHEMA["properties"], "zip": {"type": None}}}}}]), f"TOOLS{CALLED}{RESULT}"),  # type: ignore[dict-item]
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo", "zip": float("nan")}}]}, tools=[TOOL]), f"TOOLS{CALLED}"),
-    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1, "y": null}]}')),
+    (chat(HI | {"tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
+    *((row, CALLED.replace('"}', '", "zip": null}')) for row in [
+        chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": WITH_NULL}]}),
+        chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": json.dumps(WITH_NULL)}]}),
+        saying(f'<tool_call>{json.dumps({"name": "get_weather", "arguments": WITH_NULL})}</tool_call>'),
+        chat(HI, {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": WITH_NULL})}),
+        chat(HI, {"role": "assistant", "function_call": json.dumps({"name": "get_weather", "arguments": WITH_NULL})}),
+        {"query": "Hi", "answers": json.dumps([{"name": "get_weather", "arguments": WITH_NULL}])}]),
+    ({"query": "Hi", "answers": [{"name": "get_weather", "arguments": WITH_NULL}]}, CALLED),
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": "null"}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', "{}")),
     # Tools: where they stand, and their schemas.
     (chat(HI, CALLING, tools=[TOOL | {"parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "City", "required": True}}}}]), f"TOOLS{CALLED}"),
@@ -231,6 +270,9 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying("```\nT\n</think>\n```\nends it."), "messages[1] has `</think>` inside its text"),
         (saying("Yes. <Thought>T</Thought>"), "messages[1] has `<Thought>` in its text: left"),
         (saying("<SUMMARY>S</SUMMARY><REASONING>T</REASONING>Yes."), "messages[1] has `<REASONING>` in its text: left"),
+        (saying("Yes.", thinking="T</think>U"), "messages[1] has `</think>` in its thinking: left"),
+        (saying("Yes.", thinking="T<|channel|>final<|message|>Yes."), "messages[1] has `<|channel|>` in its thinking: left"),
+        (saying('<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>'), "messages[1] has `<tool_call>` before an object in which the key 'a' appears twice"),
         (saying("<cot>T"), "messages[1] has `<cot>` and `</cot>` that do not make one pair: left"),
         (saying("<analysis>T</analysis>Yes."), "messages[1] has `<analysis>` in its text"),
         (saying("[get_weather(city='Oslo')]"), "messages[1] has `[get_weather(city='Oslo')]`"),
@@ -284,6 +326,11 @@ def test_an_answer_that_is_no_call_is_not_warned_of(text: str) -> None:
         (chat(HI, YES, system="A", system_prompt="B"), "column `system_prompt` not used, since there is `system`"),
         (chat({"role": "system", "content": "A"}, HI, YES, system="B"), "column `system` not used, since the messages have their own"),
         (chat(HI, YES, train=False), "`train` of the row leaves messages out of the loss"),
+        (chat(HI, {"role": "assistant", "tool_calls": [{"name": "f"}]}, HI, YES, tools=[{"name": "f"}]), "calls without a result, although the conversation goes on"),
+        (saying("Yes.", info={"think_content": "T"}), "`info.think_content` read as thinking"),
+        (saying("Yes.", thinking="<think>T</think>"), "`<think>` around a thought left out"),
+        (chat(HI | {"tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"a": None}}]}, tools=[{"name": "f"}]), "nulls in `arguments` left out, as a table's exporter adds them"),
+        (chat(HI, YES | {"function_call": CALL, "tool_calls": [CALL]}, tools=[TOOL]), "calls that stand in two places read once"),
         (chat(HI, YES, HI), "messages behind the last answer cut off (user)"),
     ],
 )  # fmt: skip

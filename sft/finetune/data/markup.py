@@ -7,17 +7,25 @@ What is unambiguous is read as what it means: a list of (kind, value), where kin
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+from finetune.data.json_rows import unique_keys
 from finetune.data.values import is_absent, python_literal
 
 
+Match = re.Match[str]
+
+
 class Part(NamedTuple):
-    """A part of what the assistant writes. value: text, or an object for a call."""
+    """A part of what the assistant writes. value: text, or an object for a call.
+
+    is_text: the call stood in a text, where all of it is its author's.
+    """
 
     kind: str
     value: Any
+    is_text: bool = False
 
 
 class Unclear(ValueError):
@@ -67,12 +75,16 @@ SOLUTION_TAGS = (
 
 
 def pattern_of(tag: str) -> re.Pattern[str]:
-    text = re.escape(tag[:-1]) + r"\s*>" if tag.startswith("<") and tag[-1] == ">" else re.escape(tag)
+    text = (
+        re.escape(tag[:-1]) + r"\s*>" if tag.startswith("<") and tag[-1] == ">" else re.escape(tag)
+    )
     return re.compile(text, re.IGNORECASE)
 
 
 PATTERNS = {tag: pattern_of(tag) for pair in (*THINKING_TAGS, *SOLUTION_TAGS) for tag in pair}
-THINKING_WORDS = "|".join(re.escape(tag[1:-1]) for tag, end in THINKING_TAGS if end == f"</{tag[1:]}")
+THINKING_WORDS = "|".join(
+    re.escape(tag[1:-1]) for tag, end in THINKING_TAGS if end == f"</{tag[1:]}"
+)
 # A pair of thinking's tags behind the beginning of an answer.
 LATER_THINKING = re.compile(rf"<({THINKING_WORDS})\s*>(?=.*</\1\s*>)", re.IGNORECASE | re.DOTALL)
 # Tokens with which another model opens and ends an answer. They are no part of it.
@@ -269,24 +281,29 @@ def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
         if recipient:
             if not recipient.startswith("functions."):
                 raise Unclear(f"`<|channel|>` with the recipient {recipient}")
-            parts.append(Part("call", {"name": recipient, "arguments": content}))
+            parts.append(Part("call", {"name": recipient, "arguments": content}, is_text=True))
         else:
             kinds = {"analysis": "thinking", "commentary": "preamble", "final": "final"}
             parts.append(Part(kinds[match["channel"]], content))
     return parts, ["`<|channel|>` read as harmony's messages"]
 
 
+def thinking_tags_in(text: str) -> Iterator[tuple[str, str, list[Match], list[Match]]]:
+    """Each pair of THINKING_TAGS of which a text has one, and where its two tags are."""
+    lower = text.lower()
+    for opening, closing in THINKING_TAGS:
+        # Most texts have no tag, and to look for one by its pattern takes longer.
+        if any(tag.lower().rstrip(">") in lower for tag in (opening, closing)):
+            begun = [*PATTERNS[opening].finditer(text)]
+            ended = [*PATTERNS[closing].finditer(text)]
+            if begun or ended:
+                yield opening, closing, begun, ended
+
+
 def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
     """The thinking that a text begins with, and the text behind it."""
     body, lower = text.lstrip(), text.lower()
-    for opening, closing in THINKING_TAGS:
-        # Most texts have no tag, and to look for one by its pattern takes longer.
-        if not any(tag.lower().rstrip(">") in lower for tag in (opening, closing)):
-            continue
-        begun = [*PATTERNS[opening].finditer(body)]
-        ended = [*PATTERNS[closing].finditer(body)]
-        if not begun and not ended:
-            continue
+    for opening, closing, begun, ended in thinking_tags_in(body):
         if opening == "<think>" and "<think" not in lower and len(ended) == 1:
             begins = 0 if is_implied(body, ended[0]) else None
         else:
@@ -305,7 +322,30 @@ def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
     return "", text
 
 
-def is_implied(text: str, closing: re.Match[str]) -> bool:
+def without_thinking_tags(text: str) -> tuple[str, list[str]]:
+    """A thought without the tags of thinking and the tokens around all of it, and what was found.
+
+    One tag of the two may be missing: the template writes it, or the thought was cut.
+    """
+    found: list[str] = []
+    if not any(sign in text for sign in SIGNS):
+        return text, found
+    bare = without_frame(text, found).strip()
+    match = HARMONY.fullmatch(bare)
+    if match and match["channel"] == "analysis" and "<|" not in match["text"]:
+        found.append("`<|channel|>analysis` around a thought left out")
+        return match["text"].strip(), found
+    for opening, _, begun, ended in thinking_tags_in(bare):
+        begins = bool(begun) and begun[0].start() == 0
+        ends = bool(ended) and ended[-1].end() == len(bare)
+        if len(begun) == int(begins) and len(ended) == int(ends) and (begins or ends):
+            found.append(f"`{opening.strip()}` around a thought left out")
+            start, end = begun[0].end() if begins else 0, ended[0].start() if ends else len(bare)
+            return bare[start:end].strip(), found
+    return bare if found else text, found
+
+
+def is_implied(text: str, closing: Match) -> bool:
     """Whether a `</think>` ends thinking whose opening tag is missing, since R1's template writes it.
 
     One in the middle of a line, or in a block of code, is what the text is about.
@@ -338,7 +378,7 @@ def split_calls(text: str, found: list[str]) -> list[Part]:
             block, _, after = block.removesuffix("<|endoftext|>").partition(closing)
             if not is_absent(after):
                 raise Unclear(f"text behind `{closing}`")
-            parts += [Part("call", call) for call in calls_in(block, opening)]
+            parts += [Part("call", call, is_text=True) for call in calls_in(block, opening)]
         found.append(f"`{opening}` read as calls")
         return parts
     return [] if is_absent(text) else [Part("text", text)]
@@ -351,8 +391,10 @@ def calls_in(block: str, opening: str) -> list[Any]:
     ):
         return [match.groupdict()]  # Mistral's
     try:
-        value = json.loads(block)
-    except (ValueError, RecursionError):
+        value = json.loads(block, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        if type(error) is ValueError:
+            raise Unclear(f"`{opening}` before an object in which {error}") from None
         # Hermes has what Python prints for an object.
         value = python_literal(block.strip())
         if isinstance(value, dict | list):
