@@ -259,11 +259,23 @@ def without_frame(text: str, found: list[str]) -> str:
             found.append(f"`{opening.strip()}` before an answer left out")
             text = text.lstrip().removeprefix(opening)
     while (end := next((tag for tag in ENDS if text.rstrip().endswith(tag)), None)) is not None:
-        if text.count(end) > 1:
+        before = text.rstrip().removesuffix(end)
+        is_all = is_absent(before) and not found
+        if text.count(end) > 1 or is_all or not ends_an_answer(end, before):
             break
         found.append(f"`{end}` behind an answer left out")
-        text = text.rstrip().removesuffix(end).rstrip("\n")
+        text = before.rstrip()
     return text
+
+
+def ends_an_answer(end: str, before: str) -> bool:
+    """Whether the token behind a text is another model's end, and not what the text is about.
+
+    `</s>` closes an HTML tag too, and a sentence about such a token has a word and a space before.
+    """
+    if end == "</s>" and re.search(r"<s(?:\s[^<>]*)?>", before):
+        return False
+    return not re.search(r"[\w,:=(] +\Z", before)
 
 
 def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
