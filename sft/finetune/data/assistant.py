@@ -1,5 +1,6 @@
 """What the assistant writes in a message of any known form: parts in order, and turns of them."""
 
+from contextlib import suppress
 from typing import Any
 
 from finetune.data.calls import CALL_TYPES, are_equal_calls, json_of_calls, read_call
@@ -93,10 +94,8 @@ def called_parts(content: Any, where: str, findings: Findings) -> list[Part]:
     content = content if text is None else text
     parts = [Part("text", content)]
     if isinstance(content, str) and not content.lstrip().startswith(("[", "{")):
-        try:
+        with suppress(Unclear):  # what is no call is named below
             parts = (read_markup(content) or (parts, []))[0]
-        except Unclear:
-            pass  # it is said below
     found: list[Part] = []
     for part in parts:
         if part.kind in ("thinking", "call"):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from finetune.data.json_rows import unique_keys
 from finetune.data.values import is_absent, python_literal
 
-
 Match = re.Match[str]
 
 
@@ -81,12 +80,13 @@ def pattern_of(tag: str) -> re.Pattern[str]:
     return re.compile(text, re.IGNORECASE)
 
 
+# Most texts have no tag, and to look for one by its pattern takes longer than for these.
+STEMS = [tuple(tag.lower().rstrip(">") for tag in pair) for pair in THINKING_TAGS]
 PATTERNS = {tag: pattern_of(tag) for pair in (*THINKING_TAGS, *SOLUTION_TAGS) for tag in pair}
 THINKING_WORDS = "|".join(
     re.escape(tag[1:-1]) for tag, end in THINKING_TAGS if end == f"</{tag[1:]}"
 )
-# A pair of thinking's tags behind the beginning of an answer.
-LATER_THINKING = re.compile(rf"<({THINKING_WORDS})\s*>(?=.*</\1\s*>)", re.IGNORECASE | re.DOTALL)
+THINKING_OPENING = re.compile(rf"<({THINKING_WORDS})\s*>", re.IGNORECASE)
 # Tokens with which another model opens and ends an answer. They are no part of it.
 OPENINGS = (
     "<|im_start|>assistant\n",
@@ -110,17 +110,22 @@ ENDS = (
     "<eos>",
 )
 # Markup of models that is left in a text: nothing of it is meant to be written by gpt-oss.
+# What it begins with is looked at first, since every character of every text is.
 FOREIGN = re.compile(
-    r"<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
+    r"(?=[<\[◁✿>`])(?:<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
     r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
     r"|<｜[^｜\n]{1,40}｜>|</?function[_-]?calls?>|<invoke name=|</?minimax:\w+>|</?tool_use>"
-    r"|functools\[\{|\A\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|^Action[ _]Input:|<\|channel>"
-    r"|<SPECIAL_\d+>|</?toolcalls?>|</?tool_calls>|</tool>|</?start_function_call>|<<functions?>>"
+    r"|<\|channel>|<SPECIAL_\d+>|</?toolcalls?>|</?tool_calls>|</tool>|</?start_function_call>|<<functions?>>"
     r"|^>>>[\w.]+\n\{|✿[A-Z]+✿|</?use_mcp_tool>|^```tool_(?:call|code)|<eos>"
-    r"|\A\s*<(?:analysis|reason|reflection|plan)>|\A<s>"
-    r"|\A ?analysis(?=[\s\S]*assistantfinal)|</s>\s*\Z",
+    r"|</s>\s*\Z)",
     re.IGNORECASE | re.MULTILINE,
 )
+FOREIGN_BEGINNING = re.compile(
+    r"\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|\s*<(?:analysis|reason|reflection|plan)>|<s>"
+    r"| ?analysis(?=[\s\S]*assistantfinal)",
+    re.IGNORECASE,
+)
+FOREIGN_LINE = re.compile(r"^Action[ _]Input:|functools\[\{", re.IGNORECASE | re.MULTILINE)
 CALL_TAGS = (
     ("<tool_call>", "</tool_call>"),
     ("<tool_calls>", "</tool_calls>"),
@@ -182,7 +187,9 @@ def foreign_tag(text: str) -> str | None:
     """Another model's markup in a text, in the words of a warning; None if there is none."""
     if not any(sign in text for sign in (*SIGNS, *WORDS)):
         return None  # as most texts: the search below looks at each of their characters
-    match = FOREIGN.search(text)
+    match = FOREIGN_BEGINNING.match(text) or FOREIGN.search(text)
+    if match is None and any(sign in text for sign in ("nput:", "functools[{")):
+        match = FOREIGN_LINE.search(text)
     return match and match[0].strip()
 
 
@@ -235,8 +242,13 @@ def name_of_call(value: Any, offered: Collection[str]) -> str | None:
 
 def later_thinking(text: str) -> str | None:
     """A tag of thinking that is left in an answer, if it is one of a pair; None otherwise."""
-    match = LATER_THINKING.search(text) if "</" in text else None
-    return match and match[0]
+    if "</" not in text:
+        return None
+    lower = text.lower()
+    opened: dict[str, str] = {}
+    for match in THINKING_OPENING.finditer(text):
+        opened.setdefault(match[1].lower(), match[0])
+    return next((tag for name, tag in opened.items() if f"</{name}" in lower), None)
 
 
 def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
@@ -303,9 +315,8 @@ def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
 def thinking_tags_in(text: str) -> Iterator[tuple[str, str, list[Match], list[Match]]]:
     """Each pair of THINKING_TAGS of which a text has one, and where its two tags are."""
     lower = text.lower()
-    for opening, closing in THINKING_TAGS:
-        # Most texts have no tag, and to look for one by its pattern takes longer.
-        if any(tag.lower().rstrip(">") in lower for tag in (opening, closing)):
+    for (opening, closing), (stem, closing_stem) in zip(THINKING_TAGS, STEMS, strict=True):
+        if stem in lower or closing_stem in lower:
             begun = [*PATTERNS[opening].finditer(text)]
             ended = [*PATTERNS[closing].finditer(text)]
             if begun or ended:
@@ -358,7 +369,7 @@ def without_thinking_tags(text: str) -> tuple[str, list[str]]:
 
 
 def is_implied(text: str, closing: Match) -> bool:
-    """Whether a `</think>` ends thinking whose opening tag is missing, since R1's template writes it.
+    """Whether a `</think>` ends thinking without an opening tag, which R1's template writes.
 
     One in the middle of a line, or in a block of code, is what the text is about.
     """

@@ -76,7 +76,7 @@ def read_run(run: list[Row], findings: Findings) -> None:
         elif not turn["tool_calls"]:
             if kind == "preamble" and is_last:
                 findings.problems.append(
-                    f"{where} has a preamble alone (the channel `commentary`): the answer is missing"
+                    f"{where} has a preamble alone (channel `commentary`): the answer is missing"
                 )
             elif kind == "preamble" or (kind == "text" and number < last_call):
                 turn["channel"] = "commentary"
