@@ -14,6 +14,7 @@ YES = {"role": "assistant", "content": "Yes."}
 CALL = {"name": "get_weather", "arguments": {"city": "Oslo"}}
 CALLING = {"role": "assistant", "tool_calls": [{"id": "1", "function": CALL}]}
 COLD = {"role": "tool", "tool_call_id": "1", "content": "-3"}
+WITH_NULL = {"city": "Oslo", "zip": None}
 SCHEMA = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "City"}},
@@ -123,21 +124,61 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     ), instructed("S\n\n# Tools" + "TOOLS") + THOUGHT),
     # Other formats' markup.
     *((saying(text), THOUGHT) for text in [
-        "<think>\nT\n</think>\n\nYes.", "T</think>Yes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
+        "<think>\nT\n</think>\n\nYes.", "T\n</think>\n\nYes.", "T</think>\nYes.", "<thinking>T</thinking>Yes.", "[THINK]T[/THINK]Yes.", "◁think▷T◁/think▷Yes.",
         "<|begin_of_thought|>T<|end_of_thought|>\n\n<|begin_of_solution|>Yes.<|end_of_solution|>", "<think>T</think><answer>Yes.</answer>",
         "<|channel|>analysis<|message|>T<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>",
         "<|im_start|>assistant\n<think>T</think>Yes.<|im_end|>", "<Think>T</Think>Yes.", "<scratchpad>T</scratchpad>Yes.", "<|think|>T<|/think|>Yes.",
-        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "<|channel>thought\nT<channel|>Yes.", "<think>T</think><output>Yes.</output>"]),
+        "<|START_THINKING|>T<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", "<|channel>thought\nT<channel|>Yes.", "<think>T</think><output>Yes.</output>",
+        "<Thought>T</Thought>\n<Output>Yes.</Output>", "<THOUGHT>T</THOUGHT>Yes.", "<Reasoning>T</Reasoning>Yes.", "<REASONING>T</REASONING><CONCLUSION>Yes.</CONCLUSION>",
+        "<reasoning_process>T</reasoning_process>Yes.", "<rationale>T</rationale>Yes.", "<cot>T</cot>Yes.", "<scratch_pad>T</scratch_pad>Yes.",
+        "<internal_monologue>T</internal_monologue>Yes.", "<begin_of_thought>T<end_of_thought>Yes.", "<think >T</think >Yes.", "&lt;think&gt;T&lt;/think&gt;Yes.",
+        "<start_working_out>T<end_working_out><SOLUTION>Yes.</SOLUTION>"]),
     *((saying("Yes.", **{key: "T"}), THOUGHT) for key in ("thoughts", "think", "chain_of_thought", "cot", "rationale", "reasoning_text")),
-    *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>", "Yes.<|end|><|endoftext|>", "Yes.<｜end▁of▁sentence｜>"]),
+    *((saying(text), ANSWERED) for text in ["Yes.<|im_end|>", "Yes.</s>", "Yes.<|eot_id|>", "<|assistant|>Yes.", "<think>\n\n</think>\n\nYes.", "Yes.<|return|>", "Yes.<|end|><|endoftext|>", "Yes.<｜end▁of▁sentence｜>", "Yes.\n</s>", "Yes. <|endoftext|>"]),
+    *((saying(text), ANSWERED.replace("Yes.", text)) for text in ["<s>old price</s>", 'Was <s class="x">old</s>', "The token that ends a turn is <|im_end|>", "It is: </s>", "<|im_end|>"]),
     *((saying(text), CALLED) for text in [
         '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>',
         "<tool_call>\n{'name': 'get_weather', 'arguments': {'city': 'Oslo'}}\n</tool_call>",
         '<functioncall> {"name": "get_weather", "arguments": \'{"city": "Oslo"}\'} <|endoftext|>',
         '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Oslo"}}]',
         '[TOOL_CALLS]get_weather[ARGS]{"city": "Oslo"}',
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]</TOOLCALL>',
+        '<TOOL_CALL>{"name": "get_weather", "arguments": {"city": "Oslo"}}</TOOL_CALL>',
         '<|python_tag|>{"name": "get_weather", "parameters": {"city": "Oslo"}}<|eom_id|>',
         '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Oslo"}}]<|/tool_call|>']),
+    (chat(HI, YES | {"content": '[{"name": "f", "arguments": {}}]'}, COLD, YES), 'refused: messages[2]: a tool\'s result that answers no call; messages[1] has `{"name": "f", ...` in its text: write calls as `tool_calls`'),
+    (chat(HI, YES, COLD, YES), "refused: messages[2]: a tool's result that answers no call"),
+    # Thoughts that bring their tags, and thoughts in two places.
+    *((saying("Yes.", **{key: text}), THOUGHT) for key in ("reasoning_content", "thinking", "analysis") for text in [
+        "<think>\nT\n</think>", "<think>T", "T\n</think>", "T<|im_end|>", "<Thought>T</Thought>", "<|channel|>analysis<|message|>T<|end|>"]),
+    ({"user": "Hi", "analysis": "<think>T</think>", "final": "Yes."}, THOUGHT),
+    (saying([{"type": "thinking", "thinking": "<think>T</think>"}, {"type": "text", "text": "Yes."}]), THOUGHT),
+    (saying("<think>T</think>Yes.", reasoning_content="<think>\nT\n</think>"), THOUGHT),
+    (saying("Yes.", thinking="T", reasoning="<think>T</think>"), THOUGHT),
+    (saying([{"type": "thinking", "thinking": "T"}, {"type": "text", "text": "Yes."}], reasoning_content="T"), THOUGHT),
+    (saying([{"type": "thinking", "thinking": "A"}, {"type": "text", "text": "Yes."}], reasoning_content="B"), "refused: messages[1] has thinking beside its `content` and inside it"),
+    (saying("<think>A</think>Yes.", thinking="B"), "refused: messages[1] has thinking beside its `content` and inside it"),
+    (saying("Yes.", additional_kwargs={"reasoning_content": "T"}), THOUGHT),
+    (saying("Yes.", info={"think_content": "T", "answer_content": "Yes."}), THOUGHT),
+    (saying("<think>T</think>Yes.", info={"think_content": "T!"}), THOUGHT),
+    (saying("Yes.", info={"think_content": ["T"]}), "refused: messages[1] has a list as `info.think_content`, not text"),
+    (saying([{"type": "text", "text": "A"}, {"type": "thinking", "thinking": "T"}, {"type": "text", "text": "Yes."}]), "refused: messages[1] has thinking or text behind its answer: write its parts in the order thinking, text, calls"),
+    # A call in two places.
+    (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"id": "1", "function": CALL}]), CALLED),
+    (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"function": CALL | {"arguments": {}}}]), "refused: messages[1] has calls in its `content` and different ones beside it"),
+    (saying(None, function_call=CALL, tool_calls=[{"function": CALL | {"arguments": '{"city": "Oslo"}'}}]), CALLED),
+    (saying(None, function_call=CALL, tool_calls=[{"function": {"name": "f"}}]), "refused: messages[1] has a `function_call` and different `tool_calls`"),
+    (chat(HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Oslo"}}], "tool_calls": [{"id": "1", "function": CALL}]}, COLD, YES), CALLED + RESULT),
+    # ShareGPT's function_call, harmony's preamble and recipient.
+    *((chat(HI, {key: "function_call", "value": json.dumps(CALL)} | more), CALLED) for key, more in [("speaker", {}), ("sender", {}), ("from", {"role": None})]),
+    (chat(HI, {"from": "function_call", "value": f"<think>T</think>{json.dumps(CALL)}"}), CALLED.replace("«", "«<|channel|>analysis<|message|>T<|end|><|start|>assistant")),
+    (chat(HI, {"from": "function_call", "value": "f(city)"}), "refused: messages[1] has a call that is not JSON with a `name` and `arguments`: 'f(city)'"),
+    (chat(HI, {"from": "function_call", "value": '{"name": "f", "arguments": {"a": 1, "a": 2}}'}), "refused: messages[1] has a call in which the key 'a' appears twice in one object"),
+    (chat(HI, YES | {"recipient": "all"}), ANSWERED),
+    (chat(HI, YES | {"channel": "commentary"}), "refused: messages[1] has a preamble alone (channel `commentary`): the answer is missing"),
+    (saying("<|channel|>commentary<|message|>Yes.<|end|>"), "refused: messages[1] has a preamble alone (channel `commentary`): the answer is missing"),
+    (saying("<|im_start|>assistant\n<|im_end|>"), "refused: messages[1] has empty `content`"),
+    (saying("T\n</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("<think>T</think>"), "refused: messages[1] has thinking alone, and no answer"),
     (saying("Yes.", reasoning_details=[{"type": "reasoning.text", "text": "T"}]), THOUGHT),
     (saying("Yes.", thinking="T", reasoning="U"), "refused: messages[1] has two different thoughts beside its `content`"),
@@ -151,7 +192,17 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (chat(HI, YES | {"function_call": {"name": None, "arguments": None}, "tool_calls": [None]}, tools="None", system="null"), ANSWERED),
     (chat(HI, CALLING, COLD, YES, tools=[None, {"function": {**TOOL, "parameters": {**SCHEMA, "properties": {**SCHEMA["properties"], "zip": {"type": None}}}}}]), f"TOOLS{CALLED}{RESULT}"),  # type: ignore[dict-item]
     (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"city": "Oslo", "zip": float("nan")}}]}, tools=[TOOL]), f"TOOLS{CALLED}"),
-    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1, "y": null}]}')),
+    (chat(HI | {"tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [{"name": "get_weather", "arguments": {"at": [{"x": 1, "y": None}]}}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', '{"at": [{"x": 1}]}')),
+    *((row, CALLED.replace('"}', '", "zip": null}')) for row in [
+        chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": WITH_NULL}]}),
+        chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": json.dumps(WITH_NULL)}]}),
+        saying(f'<tool_call>{json.dumps({"name": "get_weather", "arguments": WITH_NULL})}</tool_call>'),
+        chat(HI, {"from": "function_call", "value": json.dumps({"name": "get_weather", "arguments": WITH_NULL})}),
+        chat(HI, {"role": "assistant", "function_call": json.dumps({"name": "get_weather", "arguments": WITH_NULL})}),
+        {"query": "Hi", "answers": json.dumps([{"name": "get_weather", "arguments": WITH_NULL}])}]),
+    ({"query": "Hi", "answers": [{"name": "get_weather", "arguments": WITH_NULL}]}, CALLED),
+    (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get_weather", "arguments": "null"}]}, tools=[TOOL]), f"TOOLS{CALLED}".replace('{"city": "Oslo"}', "{}")),
     # Tools: where they stand, and their schemas.
     (chat(HI, CALLING, tools=[TOOL | {"parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "City", "required": True}}}}]), f"TOOLS{CALLED}"),
     (chat(HI, YES, tools=[TOOL | {"parameters": {"type": "object", "properties": [{"name": "city"}]}}]), "refused: tools[0] has a list as `properties`, not an object by names"),
@@ -216,6 +267,18 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
     ("row", "words"),
     [
         (saying("<think x='y'>T</think>Yes."), "messages[1] has `<think>` behind the beginning"),
+        (saying("T</think>Yes."), "messages[1] has `</think>` inside its text, without `<think>` before it: left"),
+        (saying("```python\nanswer = text.split('</think>')[-1]\n```"), "messages[1] has `</think>` inside its text"),
+        (saying("```\nT\n</think>\n```\nends it."), "messages[1] has `</think>` inside its text"),
+        (saying("Yes. <Thought>T</Thought>"), "messages[1] has `<Thought>` in its text: left"),
+        (saying("<SUMMARY>S</SUMMARY><REASONING>T</REASONING>Yes."), "messages[1] has `<REASONING>` in its text: left"),
+        (saying("The token that ends a turn is <|im_end|>"), "messages[1] has `<|im_end|>` in its text: left"),
+        (saying("<s>old price</s>"), "messages[1] has `<s>` in its text: left"),
+        (saying("Was <s>old</s>"), "messages[1] has `</s>` in its text: left"),
+        (saying("Yes.", thinking="T</think>U"), "messages[1] has `</think>` in its thinking: left"),
+        (saying("Yes.", thinking="T<|channel|>final<|message|>Yes."), "messages[1] has `<|channel|>` in its thinking: left"),
+        (saying('<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>'), "messages[1] has `<tool_call>` before an object in which the key 'a' appears twice"),
+        (saying("<cot>T"), "messages[1] has `<cot>` and `</cot>` that do not make one pair: left"),
         (saying("<analysis>T</analysis>Yes."), "messages[1] has `<analysis>` in its text"),
         (saying("[get_weather(city='Oslo')]"), "messages[1] has `[get_weather(city='Oslo')]`"),
         (saying("Thought: T\nAction: f\nAction Input: {}"), "messages[1] has `Action Input:`"),
@@ -225,6 +288,20 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying("analysisT assistantfinalYes."), "messages[1] has `analysis` in its text"),
         (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
+        *((saying(text), 'messages[1] has `{"name": "f", ...` in its text: left') for text in [
+            '[{"name": "f", "arguments": {"a": 1}}]', '{"tool_calls": [{"name": "f", "arguments": {}}]}',
+            '{"name": "f", "arguments": {}, "id": "1"}', '{"function": "f", "arguments": {}}',
+            '{"type": "function", "function": {"name": "f", "arguments": "{}"}}', '```json\n{"name": "f", "arguments": {}}\n```']),
+        (saying('[Market Trends API(trend_type="X", country="us")]'), "messages[1] has `[Market Trends API(` in its text"),
+        (chat(HI, YES | {"content": "[Get-It(Oslo)]"}, tools=[{"name": "Get-It"}]), "messages[1] has `[Get-It(` in its text"),
+        (chat(HI, YES | {"content": "get_weather('Oslo')"}, tools=[TOOL]), "messages[1] has `get_weather(` in its text"),
+        (chat(HI, YES | {"content": '{"name": "get_weather", "input": {}}'}, tools=[TOOL]), 'messages[1] has `{"name": "get_weather", ...`'),
+        (chat(HI, YES | {"content": 'Now:\n{"name": "get_weather", "arguments": {}}'}, tools=[TOOL]), 'messages[1] has `"name": "get_weather"`'),
+        *((saying(text), f"messages[1] has `{tag}` in its text: left") for text, tag in [
+            ("```tool_code\nf(x)\n```", "```tool_code"), ("<function-call>{}</function-call>", "<function-call>"), ("<tool>f</tool>", "</tool>"),
+            ("<start_function_call>f", "<start_function_call>"), ("<<function>>f(x)", "<<function>>"), (">>>f\n{}", ">>>f\n{"),
+            ("✿FUNCTION✿: f", "✿FUNCTION✿"), ("<use_mcp_tool>f", "<use_mcp_tool>"), ("Action_input: {}", "Action_input:")]),
+        (saying("<TOOLCALL>f(x)</TOOLCALL>"), "messages[1] has `<TOOLCALL>` before what is not JSON"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
         ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),
         ({"text": "a <|eot_id|> b"}, "`text` has `<|eot_id|>` in it"),
@@ -237,12 +314,28 @@ def test_markup_that_stays_is_warned_of(row: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ann", "input": 3}', '[{"name": "Ann", "age": 30}]', '{"function": "sin", "args": [1]}',
+        "[see Table 1 (a)]", "f(x)", '{"name": "f", "description": "A tool.", "parameters": {}}', "[1, 2]", "[]",
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_call_is_not_warned_of(text: str) -> None:
+    assert read_row(saying(text) | {"tools": [TOOL]})[1].warnings == []
+
+
+@pytest.mark.parametrize(
     ("row", "note"),
     [
         (chat(HI, CALLING), "calls of functions that `tools` does not offer"),
         (chat(HI, YES, system="A", system_prompt="B"), "column `system_prompt` not used, since there is `system`"),
         (chat({"role": "system", "content": "A"}, HI, YES, system="B"), "column `system` not used, since the messages have their own"),
         (chat(HI, YES, train=False), "`train` of the row leaves messages out of the loss"),
+        (chat(HI, {"role": "assistant", "tool_calls": [{"name": "f"}]}, HI, YES, tools=[{"name": "f"}]), "calls without a result, although the conversation goes on"),
+        (saying("Yes.", info={"think_content": "T"}), "`info.think_content` read as thinking"),
+        (saying("Yes.", thinking="<think>T</think>"), "`<think>` around a thought left out"),
+        (chat(HI | {"tool_calls": None}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {"a": None}}]}, tools=[{"name": "f"}]), "nulls in `arguments` left out, as a table's exporter adds them"),
+        (chat(HI, YES | {"function_call": CALL, "tool_calls": [CALL]}, tools=[TOOL]), "calls that stand in two places read once"),
         (chat(HI, YES, HI), "messages behind the last answer cut off (user)"),
     ],
 )  # fmt: skip

@@ -1,19 +1,19 @@
 """What the assistant writes in a message of any known form: parts in order, and turns of them."""
 
+from contextlib import suppress
 from typing import Any
 
-from finetune.data.calls import CALL_TYPES, read_call
+from finetune.data.calls import CALL_TYPES, are_equal_calls, json_of_calls, read_call
 from finetune.data.content import content_in_words, content_of, is_text_part, text_of_parts
 from finetune.data.findings import Findings
-from finetune.data.markup import Part, Unclear, read_markup
-from finetune.data.shapes import THINKING_FIELDS
+from finetune.data.markup import Part, Unclear, read_markup, without_thinking_tags
+from finetune.data.shapes import ROLE_KEYS, THINKING_FIELDS
 from finetune.data.values import (
     Row,
     is_absent,
     is_hollow,
     is_nothing,
     json_text,
-    parse_json,
     rows_of_columns,
     type_in_words,
     value_of,
@@ -32,7 +32,10 @@ THINKING_KEYS = (
     "cot",
     "rationale",
 )
+# LangChain's and AM's objects beside the content. AM's content mostly has the thought too.
+NESTED_THINKING = (("additional_kwargs", "reasoning_content"), ("info", "think_content"))
 CALLING_ROLES = ("function_call", "tool_call")
+TWICE = "calls that stand in two places read once"
 CHANNELS = {"analysis": "thinking", "commentary": "preamble", "final": "final"}
 
 
@@ -41,24 +44,74 @@ def assistant_parts(message: Row, where: str, findings: Findings) -> list[Part]:
     content = content_of(message)
     thoughts = own_thoughts(message, where, findings)
     parts = [Part("thinking", thought) for thought in thoughts[:1]]
-    role = str(message.get("role", message.get("from"))).strip().lower()
+    role = str(value_of(message, *ROLE_KEYS)).strip().lower()
     if message.get("type") == "function_call":
         return [*parts, Part("call", message)]
     if message.get("type") == "reasoning":  # an item of OpenAI's Responses API
         part = typed_part(message)
         return parts if part is None or is_absent(part.value) else [*parts, part]
     if role in CALLING_ROLES:
-        calls = parse_json(content)
-        return [*parts, *(Part("call", c) for c in (calls if isinstance(calls, list) else [calls]))]
-    if message.get("channel") or message.get("recipient"):
+        return beside(parts, called_parts(content, where, findings), where, findings)
+    recipient = value_of(message, "recipient")
+    if value_of(message, "channel") or recipient not in (None, "all"):
         return parts + native_parts(message, content, where, findings)
-    parts += content_parts(message, content, where, findings)
-    if sum(part.kind == "thinking" for part in parts) > 1 and thoughts:
-        texts = [part.value for part in parts if part.kind == "thinking"]
-        if isinstance(content, str) and len({text.strip() for text in texts}) > 1:
-            findings.problems.append(f"{where} has thinking beside its `content` and inside it")
-        parts = parts[1:]
-    return parts + call_parts(message, where, findings)
+    inside = [bare_part(p, findings) for p in content_parts(message, content, where, findings)]
+    if not any(part.kind == "thinking" for part in [*parts, *inside]):
+        parts = nested_thoughts(message, where, findings)
+    parts = beside(parts, inside, where, findings)
+    return with_calls(parts, call_parts(message, where, findings), where, findings)
+
+
+def beside(own: list[Part], inside: list[Part], where: str, findings: Findings) -> list[Part]:
+    """The parts of the content behind the thought of another key, which may be in both places.
+
+    own: one thought, or none.
+    """
+    texts = [part.value.strip() for part in inside if part.kind == "thinking"]
+    texts = [text for text in texts if text]
+    if not own or not texts:
+        return own + inside
+    # A list of parts may have in pieces what the other key has at once.
+    if "".join(own[0].value.split()) != "".join("".join(texts).split()):
+        findings.problems.append(f"{where} has thinking beside its `content` and inside it")
+    return inside
+
+
+def with_calls(parts: list[Part], own: list[Part], where: str, findings: Findings) -> list[Part]:
+    """The parts of the content, and the message's own calls, which may be in both places."""
+    inside = [part for part in parts if part.kind == "call"]
+    if not own or not inside:
+        return parts + own
+    if not are_equal_calls([part.value for part in inside], [part.value for part in own]):
+        findings.problems.append(f"{where} has calls in its `content` and different ones beside it")
+    findings.notes.append(TWICE)
+    return [part for part in parts if part.kind != "call"] + own
+
+
+def called_parts(content: Any, where: str, findings: Findings) -> list[Part]:
+    """The content of ShareGPT's `function_call`: calls as JSON, maybe behind thinking in tags."""
+    text = text_of_parts(content) if content else None
+    content = content if text is None else text
+    parts = [Part("text", content)]
+    if isinstance(content, str) and not content.lstrip().startswith(("[", "{")):
+        with suppress(Unclear):  # what is no call is named below
+            parts = (read_markup(content) or (parts, []))[0]
+    found: list[Part] = []
+    for part in parts:
+        if part.kind in ("thinking", "call"):
+            found.append(part)
+            continue
+        calls = json_of_calls(part.value, where, findings)
+        if not isinstance(calls, dict | list):
+            what = repr(calls[:40]) if isinstance(calls, str) else type_in_words(calls)
+            findings.problems.append(
+                f"{where} has a call that is not JSON with a `name` and `arguments`: {what}"
+            )
+            continue
+        is_text = isinstance(part.value, str)
+        calls = calls if isinstance(calls, list) else [calls]
+        found += [Part("call", call, is_text) for call in calls]
+    return found
 
 
 def own_thoughts(message: Row, where: str, findings: Findings) -> list[str]:
@@ -71,11 +124,40 @@ def own_thoughts(message: Row, where: str, findings: Findings) -> list[str]:
         text = text_of_thoughts(value)
         if text is None:
             findings.problems.append(f"{where} has {type_in_words(value)} as `{key}`, not text")
-        elif not is_absent(text) and text not in thoughts:
-            thoughts.append(text)
-    if len(thoughts) > 1:
+        elif not is_absent(text) and (bare := bare_thought(text, findings)) not in thoughts:
+            thoughts.append(bare)
+    if len({thought.strip() for thought in thoughts}) > 1:
         findings.problems.append(f"{where} has two different thoughts beside its `content`")
-    return thoughts
+    return [thought for thought in thoughts if not is_absent(thought)]
+
+
+def nested_thoughts(message: Row, where: str, findings: Findings) -> list[Part]:
+    """The thought in an object beside the content, as LangChain and AM's datasets keep it."""
+    for outer, inner in NESTED_THINKING:
+        holder = message.get(outer)
+        value = holder.get(inner) if isinstance(holder, dict) else None
+        if is_nothing(value):
+            continue
+        if not isinstance(value, str):
+            what = type_in_words(value)
+            findings.problems.append(f"{where} has {what} as `{outer}.{inner}`, not text")
+            continue
+        findings.notes.append(f"`{outer}.{inner}` read as thinking")
+        return [Part("thinking", bare_thought(value, findings))]
+    return []
+
+
+def bare_part(part: Part, findings: Findings) -> Part:
+    if part.kind != "thinking":
+        return part
+    return part._replace(value=bare_thought(part.value, findings))
+
+
+def bare_thought(text: str, findings: Findings) -> str:
+    """A thought without the tags that its dataset has left around it."""
+    bare, found = without_thinking_tags(text)
+    findings.notes += found
+    return bare
 
 
 def text_of_thoughts(value: Any) -> str | None:
@@ -89,17 +171,31 @@ def text_of_thoughts(value: Any) -> str | None:
 
 def call_parts(message: Row, where: str, findings: Findings) -> list[Part]:
     """The calls beside the content, in today's form or in OpenAI's earlier one."""
-    calls = message.get("tool_calls")
-    calls = [] if is_nothing(calls) else rows_of_columns(parse_json(calls))
+    given = message.get("tool_calls")
+    calls = [] if is_nothing(given) else rows_of_columns(json_of_calls(given, where, findings))
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list):
         what = type_in_words(calls)
         findings.problems.append(f"{where} has {what} as `tool_calls`, not a list")
         calls = []
-    earlier = parse_json(message.get("function_call"))
-    read = [parse_json(call) for call in [*calls, None if is_nothing(earlier) else earlier]]
-    return [Part("call", call) for call in read if call is not None and not is_hollow(call)]
+    is_text = isinstance(given, str)
+    parts = [
+        Part("call", json_of_calls(call, where, findings), is_text or isinstance(call, str))
+        for call in calls
+    ]
+    parts = [part for part in parts if part.value is not None and not is_hollow(part.value)]
+    earlier = message.get("function_call")
+    if is_nothing(earlier):
+        return parts
+    value = json_of_calls(earlier, where, findings)
+    legacy = Part("call", value, isinstance(earlier, str))
+    if not parts or is_nothing(legacy.value):
+        return parts if is_nothing(legacy.value) else [legacy]
+    if not are_equal_calls([legacy.value], [part.value for part in parts]):
+        findings.problems.append(f"{where} has a `function_call` and different `tool_calls`")
+    findings.notes.append(TWICE)
+    return parts
 
 
 def native_parts(message: Row, content: Any, where: str, findings: Findings) -> list[Part]:
@@ -185,9 +281,17 @@ def typed_part(part: Any) -> Part | None:
 
 
 def turns_of(
-    parts: list[Part], where: str, schemas: dict[str, Any], findings: Findings
+    parts: list[Part],
+    where: str,
+    schemas: dict[str, Any],
+    findings: Findings,
+    *,
+    has_added_nulls: bool = False,
 ) -> list[Row]:
-    """The parts as turns: each with thinking, then text, then calls, as far as it has them."""
+    """The parts as turns: each with thinking, then text, then calls, as far as it has them.
+
+    has_added_nulls: an exporter may have added nulls to the arguments that are objects.
+    """
     turns: list[Row] = []
     number = 0
     for part in parts:
@@ -200,7 +304,14 @@ def turns_of(
         if part.kind == "thinking":
             turn["thinking"] = part.value
         elif part.kind == "call":
-            call = read_call(part.value, f"{where}.tool_calls[{number}]", schemas, findings)
+            call = read_call(
+                part.value,
+                f"{where}.tool_calls[{number}]",
+                schemas,
+                findings,
+                is_text=part.is_text,
+                has_added_nulls=has_added_nulls,
+            )
             turn["tool_calls"].append(call)
             number += 1
         elif part.kind == turn.get("kind") == "text":

@@ -1,21 +1,69 @@
 """Calls of functions, from the forms in which datasets keep them, and their results."""
 
 import json
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune.data.findings import Findings
+from finetune.data.json_rows import unique_keys
 from finetune.data.tools import check_name, function_of, without_added_nulls
-from finetune.data.values import Row, is_absent, is_unicode, json_text, type_in_words, value_of
+from finetune.data.values import (
+    Row,
+    is_absent,
+    is_unicode,
+    json_text,
+    parse_json,
+    type_in_words,
+    value_of,
+)
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
 CALL_KEYS = {"id", "call_id", "type", "function", "index", "name", *ARGUMENTS}
 CALL_TYPES = ("function", "tool_use", "function_call", "tool_call")
+NULLS = ("null", "None", "nan", "NaN")
 
 
-def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings) -> Row:
+def json_of_calls(value: Any, where: str, findings: Findings) -> Any:
+    """The calls that a text of JSON holds, as parse_json reads it; any other value as it is."""
+    if isinstance(value, str):
+        try:
+            json.loads(value, object_pairs_hook=unique_keys)
+        except (json.JSONDecodeError, RecursionError):
+            pass  # read_call says that it is no call
+        except ValueError as error:
+            findings.problems.append(f"{where} has a call in which {error}")
+    return parse_json(value)
+
+
+def are_equal_calls(calls: list[Any], others: list[Any]) -> bool:
+    """Whether two lists of calls are of the same functions with the same arguments."""
+    return [meaning_of(call) for call in calls] == [meaning_of(call) for call in others]
+
+
+def meaning_of(call: Any) -> tuple[str, Any]:
+    """The name and the arguments of a call in any of its forms."""
+    function = function_of(call)
+    arguments = value_of(function, *ARGUMENTS)
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = arguments.strip()
+    return str(function.get("name")).strip().removeprefix("functions."), arguments or {}
+
+
+def read_call(
+    call: Any,
+    where: str,
+    schemas: dict[str, Any],
+    findings: Findings,
+    *,
+    is_text: bool = False,
+    has_added_nulls: bool = True,
+) -> Row:
     """`name`, `arguments` as JSON text, and `id`, or None if the call has none.
 
-    schemas: the parameters of each function of the row.
+    schemas: the parameters of each function of the row. is_text: the call stood in a text, so that
+    its author wrote each null. has_added_nulls: an exporter may have added some otherwise.
     """
     function = function_of(call)
     name = function.get("name")
@@ -32,14 +80,25 @@ def read_call(call: Any, where: str, schemas: dict[str, Any], findings: Findings
         f"tool_calls[].{key}" for key in call.keys() - CALL_KEYS if call[key] is not None
     )
     arguments = value_of(function, *ARGUMENTS)
-    if isinstance(arguments, dict):
-        # NaN is what pandas writes for null.
-        arguments = {k: None if v != v else v for k, v in arguments.items()}
-        arguments = without_added_nulls(arguments, schemas.get(name))
+    if isinstance(arguments, dict) and not is_text and not isinstance(call.get("function"), str):
+        arguments = authors_arguments(arguments, schemas.get(name), has_added_nulls, findings)
     text = arguments_text(arguments, where, findings)
     if not is_unicode(name + text):
         findings.problems.append(f"{where} has half a surrogate pair: not valid Unicode")
     return {"name": name, "arguments": text, "id": call_id}
+
+
+def authors_arguments(
+    arguments: Row, schema: Any, has_added_nulls: bool, findings: Findings
+) -> Row:
+    """The arguments without the nulls that an exporter has added, and without pandas' NaN."""
+    without_nan = {k: None if v != v else v for k, v in arguments.items()}
+    if has_added_nulls or any(v != v for v in arguments.values()):
+        kept: Row = without_added_nulls(without_nan, schema)
+        if kept != without_nan:
+            findings.notes.append("nulls in `arguments` left out, as a table's exporter adds them")
+        return kept
+    return arguments
 
 
 def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
@@ -52,23 +111,48 @@ def arguments_text(arguments: Any, where: str, findings: Findings) -> str:
         except ValueError as error:
             findings.problems.append(f"{where} has `arguments` that {error}")
             return "{}"
-    try:
-        if isinstance(arguments, str):
-            value = json.loads(arguments)
-            if isinstance(value, dict | list):
-                return arguments
-            if isinstance(value, str) and isinstance(json.loads(value), dict):
-                return value  # JSON that was written as JSON once more
-    except ValueError:
-        pass
-    except RecursionError:
-        findings.problems.append(f"{where} has `arguments` that are nested too deep")
+    if isinstance(arguments, str) and arguments.strip() in NULLS:
+        findings.notes.append("`arguments` that are null, as text, read as {}")
         return "{}"
+    problem = "are neither object nor text"
     if isinstance(arguments, str):
-        findings.problems.append(f"{where} has `arguments` that are not JSON: {arguments[:40]!r}")
-    else:
-        findings.problems.append(f"{where} has `arguments` that are neither object nor text")
+        try:
+            return checked_text(arguments)
+        except ValueError as error:
+            problem = str(error)
+        except RecursionError:
+            problem = "are nested too deep"
+    findings.problems.append(f"{where} has `arguments` that {problem}")
     return "{}"
+
+
+def checked_text(text: str) -> str:
+    """A text that is the JSON of a call's arguments. Raises ValueError if it is not.
+
+    What an object could not hold is refused in a text too: it would be learnt as it stands.
+    """
+    try:
+        value = strict_json(text)
+        if isinstance(value, str):
+            text, value = value, strict_json(value)  # JSON that was written as JSON once more
+    except json.JSONDecodeError:
+        raise ValueError(f"are not JSON: {text[:40]!r}") from None
+    except ValueError as error:
+        raise ValueError(f"are not valid: {error}") from None
+    if not isinstance(value, dict | list):
+        raise ValueError(f"are {type_in_words(value)}, not an object: {text[:40]!r}")
+    if not is_unicode(json_text(value)):
+        raise ValueError("spell half a surrogate pair: not valid Unicode")
+    return text
+
+
+def strict_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for NaN, and for a key that appears twice."""
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON value")
 
 
 def take_answered(result: Row, unanswered: list[Row], later: set[str]) -> str:

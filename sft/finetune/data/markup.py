@@ -7,24 +7,34 @@ What is unambiguous is read as what it means: a list of (kind, value), where kin
 
 import json
 import re
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
+from finetune.data.json_rows import unique_keys
 from finetune.data.values import is_absent, python_literal
+
+Match = re.Match[str]
 
 
 class Part(NamedTuple):
-    """A part of what the assistant writes. value: text, or an object for a call."""
+    """A part of what the assistant writes. value: text, or an object for a call.
+
+    is_text: the call stood in a text, where all of it is its author's.
+    """
 
     kind: str
     value: Any
+    is_text: bool = False
 
 
 class Unclear(ValueError):
     """Markup that can be read in more than one way. The message says why."""
 
 
+# Capitals and spaces before the `>` are no difference.
 THINKING_TAGS = (
     ("<think>", "</think>"),
+    ("&lt;think&gt;", "&lt;/think&gt;"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
     ("<reasoning>", "</reasoning>"),
@@ -32,13 +42,18 @@ THINKING_TAGS = (
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<seed:think>", "</seed:think>"),
-    ("<Think>", "</Think>"),
-    ("<THINK>", "</THINK>"),
     ("<thoughts>", "</thoughts>"),
     ("<thought_process>", "</thought_process>"),
     ("<inner_thoughts>", "</inner_thoughts>"),
     ("<inner_monologue>", "</inner_monologue>"),
     ("<scratchpad>", "</scratchpad>"),
+    ("<scratch_pad>", "</scratch_pad>"),
+    ("<internal_monologue>", "</internal_monologue>"),
+    ("<reasoning_process>", "</reasoning_process>"),
+    ("<begin_of_thought>", "<end_of_thought>"),
+    ("<start_working_out>", "<end_working_out>"),
+    ("<rationale>", "</rationale>"),
+    ("<cot>", "</cot>"),
     ("<antThinking>", "</antThinking>"),
     ("<|think|>", "<|/think|>"),
     ("<|think_start|>", "<|think_end|>"),
@@ -52,8 +67,26 @@ SOLUTION_TAGS = (
     ("<solution>", "</solution>"),
     ("<response>", "</response>"),
     ("<output>", "</output>"),
+    ("<conclusion>", "</conclusion>"),
+    ("<begin_of_solution>", "<end_of_solution>"),
     ("<|START_RESPONSE|>", "<|END_RESPONSE|>"),
 )
+
+
+def pattern_of(tag: str) -> re.Pattern[str]:
+    text = (
+        re.escape(tag[:-1]) + r"\s*>" if tag.startswith("<") and tag[-1] == ">" else re.escape(tag)
+    )
+    return re.compile(text, re.IGNORECASE)
+
+
+# Most texts have no tag, and to look for one by its pattern takes longer than for these.
+STEMS = [tuple(tag.lower().rstrip(">") for tag in pair) for pair in THINKING_TAGS]
+PATTERNS = {tag: pattern_of(tag) for pair in (*THINKING_TAGS, *SOLUTION_TAGS) for tag in pair}
+THINKING_WORDS = "|".join(
+    re.escape(tag[1:-1]) for tag, end in THINKING_TAGS if end == f"</{tag[1:]}"
+)
+THINKING_OPENING = re.compile(rf"<({THINKING_WORDS})\s*>", re.IGNORECASE)
 # Tokens with which another model opens and ends an answer. They are no part of it.
 OPENINGS = (
     "<|im_start|>assistant\n",
@@ -77,20 +110,29 @@ ENDS = (
     "<eos>",
 )
 # Markup of models that is left in a text: nothing of it is meant to be written by gpt-oss.
+# What it begins with is looked at first, since every character of every text is.
 FOREIGN = re.compile(
-    r"<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
+    r"(?=[<\[◁✿>`])(?:<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
     r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
-    r"|<｜[^｜\n]{1,40}｜>|</?function_calls>|<invoke name=|</?minimax:\w+>|</?tool_use>"
-    r"|functools\[\{|\A\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|^Action Input:|<\|channel>|<SPECIAL_\d+>"
-    r"|\A\s*<(?:analysis|reason|reflection|plan)>|\A<s>"
-    r"|\A ?analysis(?=[\s\S]*assistantfinal)|</s>\s*\Z",
+    r"|<｜[^｜\n]{1,40}｜>|</?function[_-]?calls?>|<invoke name=|</?minimax:\w+>|</?tool_use>"
+    r"|<\|channel>|<SPECIAL_\d+>|</?toolcalls?>|</?tool_calls>|</tool>|</?start_function_call>|<<functions?>>"
+    r"|^>>>[\w.]+\n\{|✿[A-Z]+✿|</?use_mcp_tool>|^```tool_(?:call|code)|<eos>"
+    r"|</s>\s*\Z)",
     re.IGNORECASE | re.MULTILINE,
 )
+FOREIGN_BEGINNING = re.compile(
+    r"\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|\s*<(?:analysis|reason|reflection|plan)>|<s>"
+    r"| ?analysis(?=[\s\S]*assistantfinal)",
+    re.IGNORECASE,
+)
+FOREIGN_LINE = re.compile(r"^Action[ _]Input:|functools\[\{", re.IGNORECASE | re.MULTILINE)
 CALL_TAGS = (
     ("<tool_call>", "</tool_call>"),
     ("<tool_calls>", "</tool_calls>"),
     ("<function_call>", "</function_call>"),
     ("<functioncall>", "</functioncall>"),
+    ("<TOOLCALL>", "</TOOLCALL>"),
+    ("<TOOL_CALL>", "</TOOL_CALL>"),
     ("[TOOL_CALLS]", "[/TOOL_CALLS]"),
     ("<|tool_call|>", "<|/tool_call|>"),
     ("<|python_tag|>", "<|eom_id|>"),
@@ -120,11 +162,20 @@ HARMONY = re.compile(
     r"<\|message\|>(?P<text>.*?)(?:<\|end\|>|<\|return\|>|<\|call\|>|\Z)",
     re.DOTALL,
 )
-# The keys of a call that stands in a text as JSON, without any tag.
-BARE_CALLS = ({"name", "arguments"}, {"name", "parameters"}, {"type", "name", "parameters"})
+# The keys of a call that stands in a text as JSON, without any tag. Those of CLEAR_ARGUMENTS make
+# one of it whatever it calls, the others if `tools` offers what it calls.
+CLEAR_ARGUMENTS = ("arguments", "parameters")
+ARGUMENTS = (*CLEAR_ARGUMENTS, "args", "input", "action_input")
+NAMES = ("name", "function", "action")
+CALL_KEYS = {"id", "call_id", "index", "type", *NAMES, *ARGUMENTS}
+FENCED = re.compile(r"\A```\w*\s*\n(?P<inner>.*?)\n?```\Z", re.DOTALL)
+# ToolACE's calls, whose names may have spaces, and calls as Python writes them.
+LISTED_CALL = re.compile(r"\A\[(?P<name>\w[\w .:/-]*)\((?P<arguments>.*)\)\]\Z", re.DOTALL)
+PYTHON_CALL = re.compile(r"\A(?P<name>[\w.-]+)\(.*\)\Z", re.DOTALL)
+NAMED = re.compile(r'"(?:name|function|action)"\s*:\s*"([^"\n]{1,100})"')
 # Most answers have none of these, and are looked at no further.
-SIGNS = ("<", "[", "◁")
-WORDS = ("assistantfinal", "Action Input:")
+SIGNS = ("<", "[", "◁", "&lt;")
+WORDS = ("assistantfinal", "nput:", "✿", ">>>", "```tool")
 
 
 def opening_of_template(text: str) -> str | None:
@@ -136,23 +187,68 @@ def foreign_tag(text: str) -> str | None:
     """Another model's markup in a text, in the words of a warning; None if there is none."""
     if not any(sign in text for sign in (*SIGNS, *WORDS)):
         return None  # as most texts: the search below looks at each of their characters
-    match = FOREIGN.search(text)
+    match = FOREIGN_BEGINNING.match(text) or FOREIGN.search(text)
+    if match is None and any(sign in text for sign in ("nput:", "functools[{")):
+        match = FOREIGN_LINE.search(text)
     return match and match[0].strip()
 
 
-def name_in_bare_call(text: str) -> str | None:
-    """The name in a text that is a call as JSON and nothing else; None for any other text.
+def call_in_text(text: str, offered: Collection[str]) -> str | None:
+    """What looks like a call in an answer, in the words of a warning; None if nothing does.
 
-    Llama 3.1's models write calls so. It is no call here: an answer may well be such an object.
+    Llama 3.1's models write calls as bare JSON, ToolACE's as `[name(a=1)]`, others as a block of
+    code. They are no calls here: an answer may well be such a text. offered: what `tools` names.
     """
-    if not text.lstrip().startswith("{") or '"name"' not in text:
+    bare = text.strip()
+    if match := FENCED.match(bare):
+        bare = match["inner"].strip()
+    if bare.startswith(("{", "[")):
+        try:
+            name = name_of_call(json.loads(bare), offered)
+        except (ValueError, RecursionError):
+            name = None
+        if name is not None:
+            return f'{{"name": "{name}", ...'
+    if match := LISTED_CALL.match(bare):
+        arguments = match["arguments"]
+        if match["name"] in offered or not arguments or re.match(r"\s*\w+\s*=", arguments):
+            return f"[{match['name']}("
+    if not offered:
         return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+    if (match := PYTHON_CALL.match(bare)) and match["name"] in offered:
+        return f"{match['name']}("
+    if not any(f'"{key}"' in text for key in ARGUMENTS):
         return None
-    is_call = isinstance(value, dict) and value.keys() in BARE_CALLS
-    return value["name"] if is_call and isinstance(value["name"], str) else None
+    name = next((name for name in NAMED.findall(text) if name in offered), None)
+    return name and f'"name": "{name}"'
+
+
+def name_of_call(value: Any, offered: Collection[str]) -> str | None:
+    """The name that a value calls, if it has the form of a call, or of calls alone; else None."""
+    if isinstance(value, dict) and isinstance(value.get("tool_calls"), list):
+        value = value["tool_calls"]
+    if isinstance(value, list):
+        names = [name_of_call(item, offered) for item in value]
+        return names[0] if names and None not in names else None
+    if not isinstance(value, dict) or not value.keys() <= CALL_KEYS:
+        return None
+    if isinstance(value.get("function"), dict):
+        return name_of_call(value["function"], offered)
+    name = next((value[key] for key in NAMES if isinstance(value.get(key), str)), None)
+    is_clear = any(isinstance(value.get(key), dict | str) for key in CLEAR_ARGUMENTS)
+    is_call = is_clear or (name in offered and any(key in value for key in ARGUMENTS))
+    return name if is_call else None
+
+
+def later_thinking(text: str) -> str | None:
+    """A tag of thinking that is left in an answer, if it is one of a pair; None otherwise."""
+    if "</" not in text:
+        return None
+    lower = text.lower()
+    opened: dict[str, str] = {}
+    for match in THINKING_OPENING.finditer(text):
+        opened.setdefault(match[1].lower(), match[0])
+    return next((tag for name, tag in opened.items() if f"</{name}" in lower), None)
 
 
 def read_markup(text: str) -> tuple[list[Part], list[str]] | None:
@@ -175,11 +271,23 @@ def without_frame(text: str, found: list[str]) -> str:
             found.append(f"`{opening.strip()}` before an answer left out")
             text = text.lstrip().removeprefix(opening)
     while (end := next((tag for tag in ENDS if text.rstrip().endswith(tag)), None)) is not None:
-        if text.count(end) > 1:
+        before = text.rstrip().removesuffix(end)
+        is_all = is_absent(before) and not found
+        if text.count(end) > 1 or is_all or not ends_an_answer(end, before):
             break
         found.append(f"`{end}` behind an answer left out")
-        text = text.rstrip().removesuffix(end).rstrip("\n")
+        text = before.rstrip()
     return text
+
+
+def ends_an_answer(end: str, before: str) -> bool:
+    """Whether the token behind a text is another model's end, and not what the text is about.
+
+    `</s>` closes an HTML tag too, and a sentence about such a token has a word and a space before.
+    """
+    if end == "</s>" and re.search(r"<s(?:\s[^<>]*)?>", before):
+        return False
+    return not re.search(r"[\w,:=(] +\Z", before)
 
 
 def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
@@ -197,39 +305,88 @@ def read_harmony(text: str) -> tuple[list[Part], list[str]] | None:
         if recipient:
             if not recipient.startswith("functions."):
                 raise Unclear(f"`<|channel|>` with the recipient {recipient}")
-            parts.append(Part("call", {"name": recipient, "arguments": content}))
+            parts.append(Part("call", {"name": recipient, "arguments": content}, is_text=True))
         else:
             kinds = {"analysis": "thinking", "commentary": "preamble", "final": "final"}
             parts.append(Part(kinds[match["channel"]], content))
     return parts, ["`<|channel|>` read as harmony's messages"]
 
 
+def thinking_tags_in(text: str) -> Iterator[tuple[str, str, list[Match], list[Match]]]:
+    """Each pair of THINKING_TAGS of which a text has one, and where its two tags are."""
+    lower = text.lower()
+    for (opening, closing), (stem, closing_stem) in zip(THINKING_TAGS, STEMS, strict=True):
+        if stem in lower or closing_stem in lower:
+            begun = [*PATTERNS[opening].finditer(text)]
+            ended = [*PATTERNS[closing].finditer(text)]
+            if begun or ended:
+                yield opening, closing, begun, ended
+
+
 def split_thinking(text: str, found: list[str]) -> tuple[str, str]:
     """The thinking that a text begins with, and the text behind it."""
-    body = text.lstrip()
-    for opening, closing in THINKING_TAGS:
-        if opening not in text and closing not in text:
-            continue
-        # R1's template writes the opening tag itself, so that some datasets lack it.
-        is_implied = opening == "<think>" and "<think" not in text
-        if not body.startswith(opening) and not is_implied:
-            if opening in ("<think>", "[THINK]") or opening not in text:
+    body, lower = text.lstrip(), text.lower()
+    for opening, closing, begun, ended in thinking_tags_in(body):
+        if opening == "<think>" and "<think" not in lower and len(ended) == 1:
+            begins = 0 if is_implied(body, ended[0]) else None
+        else:
+            begins = begun[0].end() if begun and begun[0].start() == 0 else None
+        if begins is None:
+            if not begun and "<think" not in lower:
+                raise Unclear(f"`{closing}` inside its text, without `{opening}` before it")
+            if opening in ("<think>", "[THINK]"):
                 raise Unclear(f"`{opening}` behind the beginning of its text")
             continue
-        if text.count(opening) > 1 or text.count(closing) != 1:
+        if len(begun) > 1 or len(ended) != 1:
             raise Unclear(f"`{opening}` and `{closing}` that do not make one pair")
-        thinking, _, answer = body.removeprefix(opening).partition(closing)
         found.append(f"`{opening.strip()}` read as thinking")
+        thinking, answer = body[begins : ended[0].start()], body[ended[0].end() :]
         return thinking.strip(), unwrapped(answer)
     return "", text
 
 
+def without_thinking_tags(text: str) -> tuple[str, list[str]]:
+    """A thought without the tags of thinking and the tokens around all of it, and what was found.
+
+    One tag of the two may be missing: the template writes it, or the thought was cut.
+    """
+    found: list[str] = []
+    if not any(sign in text for sign in SIGNS):
+        return text, found
+    bare = without_frame(text, found).strip()
+    match = HARMONY.fullmatch(bare)
+    if match and match["channel"] == "analysis" and "<|" not in match["text"]:
+        found.append("`<|channel|>analysis` around a thought left out")
+        return match["text"].strip(), found
+    for opening, _, begun, ended in thinking_tags_in(bare):
+        begins = bool(begun) and begun[0].start() == 0
+        ends = bool(ended) and ended[-1].end() == len(bare)
+        if len(begun) == int(begins) and len(ended) == int(ends) and (begins or ends):
+            found.append(f"`{opening.strip()}` around a thought left out")
+            start, end = begun[0].end() if begins else 0, ended[0].start() if ends else len(bare)
+            return bare[start:end].strip(), found
+    return bare if found else text, found
+
+
+def is_implied(text: str, closing: Match) -> bool:
+    """Whether a `</think>` ends thinking without an opening tag, which R1's template writes.
+
+    One in the middle of a line, or in a block of code, is what the text is about.
+    """
+    before, after = text[: closing.start()], text[closing.end() :]
+    line_is_over = not after.split("\n", 1)[0].strip()
+    return line_is_over and before.count("```") % 2 == 0
+
+
 def unwrapped(answer: str) -> str:
     """The answer behind the thinking, without the tags that hold all of it."""
+    bare = answer.strip()
     for opening, closing in SOLUTION_TAGS:
-        inner = answer.strip().removeprefix(opening).removesuffix(closing)
-        if f"{opening}{inner}{closing}" == answer.strip() and opening not in inner:
-            return inner.strip("\n")
+        begun, ended = PATTERNS[opening].match(bare), [*PATTERNS[closing].finditer(bare)]
+        if begun and ended and ended[-1].end() == len(bare):
+            inner = bare[begun.end() : ended[-1].start()]
+            if not PATTERNS[opening].search(inner):
+                return inner.strip("\n")
     return answer.lstrip().strip("\n")
 
 
@@ -244,7 +401,7 @@ def split_calls(text: str, found: list[str]) -> list[Part]:
             block, _, after = block.removesuffix("<|endoftext|>").partition(closing)
             if not is_absent(after):
                 raise Unclear(f"text behind `{closing}`")
-            parts += [Part("call", call) for call in calls_in(block, opening)]
+            parts += [Part("call", call, is_text=True) for call in calls_in(block, opening)]
         found.append(f"`{opening}` read as calls")
         return parts
     return [] if is_absent(text) else [Part("text", text)]
@@ -257,8 +414,10 @@ def calls_in(block: str, opening: str) -> list[Any]:
     ):
         return [match.groupdict()]  # Mistral's
     try:
-        value = json.loads(block)
-    except (ValueError, RecursionError):
+        value = json.loads(block, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        if type(error) is ValueError:
+            raise Unclear(f"`{opening}` before an object in which {error}") from None
         # Hermes has what Python prints for an object.
         value = python_literal(block.strip())
         if isinstance(value, dict | list):

@@ -7,7 +7,7 @@ marked. `where` is the place of the message in the row.
 
 from typing import Any
 
-from finetune.data.assistant import THINKING_KEYS, assistant_parts, turns_of
+from finetune.data.assistant import NESTED_THINKING, THINKING_KEYS, assistant_parts, turns_of
 from finetune.data.calls import ARGUMENTS
 from finetune.data.content import (
     CONTENT_KEYS,
@@ -23,7 +23,12 @@ from finetune.data.loss_keys import (
     is_in_loss,
     note_prompt_in_loss,
 )
-from finetune.data.markup import foreign_tag, name_in_bare_call, opening_of_template
+from finetune.data.markup import (
+    call_in_text,
+    foreign_tag,
+    later_thinking,
+    opening_of_template,
+)
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
@@ -63,7 +68,15 @@ def read_message(
             note_prompt_in_loss(message, findings)
     if role == "assistant":
         parts = assistant_parts(message, where, findings)
-        turns = turns_of(parts, where, schemas, findings)
+        # A table gives each message, and each call, the keys of all others. Whether a row is of
+        # one cannot be told of calls that have a column of their own, as xLAM's.
+        turns = turns_of(
+            parts,
+            where,
+            schemas,
+            findings,
+            has_added_nulls=is_from_table or not where.endswith("]"),
+        )
     elif role == "tool":
         turns = tool_turns(message, where, findings, is_from_table=is_from_table)
     else:
@@ -73,7 +86,7 @@ def read_message(
         turn["where"] = where
         if not in_loss:
             turn["in_loss"] = False
-        check_text(turn, findings)
+        check_text(turn, schemas, findings)
     return turns
 
 
@@ -93,14 +106,19 @@ def unknown_role(message: Row, where: str) -> str:
     return f"{where} has the role {given!r}, not one of {', '.join(ROLES)}"
 
 
-def check_text(turn: Row, findings: Findings) -> None:
-    """Refuse what cannot be encoded; warn of another format's markup."""
-    for text in (turn["content"], turn.get("thinking") or ""):
-        if not is_unicode(text):
-            findings.problems.append(f"{turn['where']} has half a surrogate pair: no valid Unicode")
+def check_text(turn: Row, schemas: dict[str, Any], findings: Findings) -> None:
+    """Refuse what cannot be encoded; warn of another format's markup and of calls in a text."""
+    for key in ("content", "thinking", "name"):
+        if not is_unicode(turn.get(key) or ""):
+            inside = "" if key == "content" else f" in its `{key}`"
+            findings.problems.append(
+                f"{turn['where']} has half a surrogate pair{inside}: no valid Unicode"
+            )
     tag = None if turn["role"] == "tool" else foreign_tag(turn["content"])
-    if turn["role"] == "assistant" and (name := name_in_bare_call(turn["content"])):
-        tag = f'{{"name": "{name}", ...'
+    if tag is None and (thinking := turn.get("thinking")) and (left := foreign_tag(thinking)):
+        findings.warnings.append(f"{turn['where']} has `{left}` in its thinking: left as it stands")
+    if turn["role"] == "assistant" and tag is None:
+        tag = later_thinking(turn["content"]) or call_in_text(turn["content"], schemas)
     if turn["role"] == "user" and (opening := opening_of_template(turn["content"])):
         tag = opening.strip()
     if tag is not None and not any(w.startswith(turn["where"]) for w in findings.warnings):
@@ -121,6 +139,11 @@ def check_keys(message: Row, role: str, where: str, findings: Findings) -> None:
         known = known | {"summary"}
     read = content_key(message)
     spare = {key for key in CONTENT_KEYS if key != read and not is_nothing(message.get(key))}
+    for outer, inner in NESTED_THINKING:
+        if role == "assistant" and isinstance(holder := message.get(outer), dict):
+            known = known | {outer}
+            unread_inside = [k for k in holder if k != inner and not is_nothing(holder[k])]
+            findings.unread.update(f"messages[].{outer}.{key}" for key in unread_inside)
     unread = [key for key in message.keys() - known | spare if not is_absent(message[key])]
     findings.unread.update(f"messages[].{key}" for key in unread)
 

@@ -25,14 +25,22 @@ def join_turns(turns: list[Row], findings: Findings) -> list[Row]:
             while end < len(turns) and turns[end]["role"] == "assistant":
                 end += 1
             read_run(turns[start:end], findings)
+            note_unanswered(unanswered, findings)
             unanswered = [call for turn in turns[start:end] for call in turn["tool_calls"]]
         elif role == "tool":
             later = {str(turn["id"]) for turn in results_behind(turns, start)}
-            answer(turns[start], unanswered, later, findings)
+            before = turns[start - 1] if start else turns[start]
+            answer(turns[start], unanswered, later, before, findings)
         else:
+            note_unanswered(unanswered, findings)
             unanswered = []
         start = end
     return [finished(turn) for turn in turns]
+
+
+def note_unanswered(unanswered: list[Row], findings: Findings) -> None:
+    if unanswered:
+        findings.notes.append("calls without a result, although the conversation goes on")
 
 
 def cut_behind_the_last_answer(turns: list[Row], findings: Findings) -> list[Row]:
@@ -66,12 +74,21 @@ def read_run(run: list[Row], findings: Findings) -> None:
         elif number > 0 and any(earlier["tool_calls"] for earlier in run[:number]):
             findings.problems.append(f"{where}: text behind a call that has no result yet")
         elif not turn["tool_calls"]:
-            if kind == "preamble" or (kind == "text" and number < last_call):
+            if kind == "preamble" and is_last:
+                findings.problems.append(
+                    f"{where} has a preamble alone (channel `commentary`): the answer is missing"
+                )
+            elif kind == "preamble" or (kind == "text" and number < last_call):
                 turn["channel"] = "commentary"
             elif not is_last:
-                findings.problems.append(
-                    f"{run[number + 1]['where']}: two assistant messages in a row"
-                )
+                after = run[number + 1]["where"]
+                problem = f"{after}: two assistant messages in a row"
+                if after == where:  # its parts do not fit into one turn
+                    problem = (
+                        f"{where} has thinking or text behind its answer: write its parts in the "
+                        "order thinking, text, calls"
+                    )
+                findings.problems.append(problem)
 
 
 def results_behind(turns: list[Row], start: int) -> list[Row]:
@@ -79,10 +96,21 @@ def results_behind(turns: list[Row], start: int) -> list[Row]:
     return list(takewhile(lambda turn: turn["role"] == "tool", turns[start + 1 :]))
 
 
-def answer(turn: Row, unanswered: list[Row], later: set[str], findings: Findings) -> None:
-    """Name the function whose result a turn is. later: the ids that the results behind it have."""
+def answer(
+    turn: Row, unanswered: list[Row], later: set[str], before: Row, findings: Findings
+) -> None:
+    """Name the function whose result a turn is. later: the ids that the results behind it have.
+
+    before: the turn before it, whose text may hold a call that could not be read.
+    """
     if not unanswered:
-        findings.problems.append(f"{turn['where']}: a tool's result that answers no call")
+        reason = f"{turn['where']}: a tool's result that answers no call"
+        warning = next((w for w in findings.warnings if w.startswith(f"{before['where']} ")), None)
+        if warning is not None and before["role"] == "assistant":
+            reason += (
+                f"; {warning.removesuffix(': left as it stands')}: write calls as `tool_calls`"
+            )
+        findings.problems.append(reason)
         return
     ids = {str(call["id"]) for call in unanswered} - {"None"}
     if ids and turn["id"] is not None and str(turn["id"]) not in ids:
