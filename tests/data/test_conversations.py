@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from finetune.data.conversations import BadRow, read_row, shape_of, to_conversation
+from helpers.rendered import rendered
 from helpers.rows import ASSISTANT, CALL, RESULT, USER
 
 ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
@@ -135,3 +136,62 @@ def test_results_without_ids_are_named_by_themselves_or_after_the_calls_in_order
     turns = [USER, {"role": "assistant", "tool_calls": calls}, *results, ASSISTANT]
     messages = to_conversation({"messages": turns})["messages"]
     assert [m["name"] for m in messages if m["role"] == "tool"] == ["a", "c"]
+
+
+HI, YES = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}
+ASKED = "<|start|>user<|message|>Hi<|end|><|start|>assistant"
+ANSWERED = f"{ASKED}«<|channel|>final<|message|>Yes.<|return|>»"
+
+
+def function_type(parameters: object) -> str:
+    """The line of the developer message that says what a function takes."""
+    tools = [{"name": "f", "parameters": parameters}]
+    text = rendered({"messages": [HI, YES], "tools": tools})
+    return text.partition("{\n\n")[2].partition("\n\n}")[0]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({"type": {"description": "The type.", "type": "str"}, "n": {"type": "int"}}, "// The type.\ntype: string,\nn: number,\n"),
+        ({"items": {"type": "List[int]"}}, "items: number[],\n"),
+        ({"required": {"type": "bool"}, "enum": {"type": "str, optional"}}, "required: boolean,\nenum?: string,\n"),
+        ({"properties": {"type": "str", "description": "Of it."}}, "// Of it.\nproperties: string,\n"),
+        ({"properties": {"type": {"type": "string"}}, "required": ["type"], "type": "object"}, "type: string,\n"),
+        ({"city": {"description": "City"}}, "// City\ncity: any,\n"),
+        ({"city": "string", "days": "int, optional"}, "city: string,\ndays?: number,\n"),
+        ({"type": "object", "properties": {"city": "string"}}, "city?: string,\n"),
+        ({"x": {"type": "Optional[str]"}, "y": {"type": "str | None"}, "z": {"type": "Union[int, None]"}}, "x?: string,\ny?: string,\nz?: number,\n"),
+        ({"x": {"type": "str", "required": True}, "y": {"type": "str"}}, "x: string,\ny?: string,\n"),
+        ({"x": {"type": "str", "optional": True}, "y": {"type": "str"}}, "x?: string,\ny: string,\n"),
+    ],
+)  # fmt: skip
+def test_parameters_by_their_names_are_an_object_whatever_the_names(
+    parameters: object, expected: str
+) -> None:
+    assert function_type(parameters) == f"type f = (_: {{\n{expected}}}) => any;"
+
+
+def test_parameters_that_are_no_schema_are_warned_of() -> None:
+    tools = [{"name": "f", "parameters": {"city": "Where it is."}}]
+    _, findings = read_row({"messages": [HI, YES], "tools": tools})
+    assert findings.warnings == [
+        "tools[0] has `parameters` with `city`, which is no JSON schema: rendered as `any`"
+    ]
+    tools = [{"name": "f", "parameters": {"additionalProperties": False}}]
+    assert read_row({"messages": [HI, YES], "tools": tools})[1].warnings == []
+
+
+def test_a_function_that_is_offered_twice_is_rendered_once_or_refused() -> None:
+    once, other = {"name": "f", "description": "A."}, {"name": "functions.f", "description": "B."}
+    conversation, findings = read_row({"messages": [HI, YES], "tools": [once, once]})
+    assert [tool["name"] for tool in conversation["tools"]] == ["f"]
+    assert findings.notes == ["a function that stands twice in `tools` offered once"]
+    row = {"messages": [HI, YES], "tools": [once, other]}
+    assert rendered(row) == "refused: `tools` has two different functions 'f'"
+
+
+def test_a_function_is_named_as_its_calls_are() -> None:
+    call = {"role": "assistant", "tool_calls": [{"name": "functions.f", "arguments": {}}]}
+    text = rendered({"messages": [HI, call], "tools": [{"name": "functions.f"}]})
+    assert "type f = () => any;" in text and "to=functions.f " in text
