@@ -240,7 +240,6 @@ def test_markup_that_stays_is_warned_of(row: dict[str, Any], words: str) -> None
     ("row", "note"),
     [
         (chat(HI, CALLING), "calls of functions that `tools` does not offer"),
-        (chat(HI, YES, system="A", system_prompt="B"), "column `system_prompt` not used, since there is `system`"),
         (chat({"role": "system", "content": "A"}, HI, YES, system="B"), "column `system` not used, since the messages have their own"),
         (chat(HI, YES, train=False), "`train` of the row leaves messages out of the loss"),
         (chat(HI, YES, HI), "messages behind the last answer cut off (user)"),

@@ -75,6 +75,9 @@ def read_row_tools(row: Row, messages: list[Row], findings: Findings) -> list[Ro
     Lists in several places must be equal: nobody can tell which one the model saw.
     """
     given = [(name, row.get(name)) for name in TOOL_COLUMNS]
+    arguments = parse_json(row.get("chat_template_kwargs"))
+    if isinstance(arguments, dict):
+        given.append(("chat_template_kwargs.xml_tools", arguments.get("xml_tools")))
     for number, message in enumerate(messages):
         given += [(f"messages[{number}].{n}", message.get(n)) for n in ("tools", "functions")]
         for part in message["content"] if isinstance(message.get("content"), list) else []:
