@@ -275,6 +275,14 @@ def answered(text: str) -> str:
         ({"messages": [HI, YES], "chat_template_kwargs": {"custom_instructions": "S", "xml_tools": [], "python_tools": []}}, instructed("S") + ANSWERED),
         ({"messages": [HI, YES], "chat_template_kwargs": {"xml_tools": ['{"name": "f"}']}}, "<|start|>developer<|message|># Tools\n\n## functions\n\nnamespace functions {\n\ntype f = () => any;\n\n} // namespace functions<|end|>" + ANSWERED),
         ({"messages": [HI, YES], "chat_template_kwargs": {"python_tools": ["def f(): ..."]}}, "refused: `chat_template_kwargs.python_tools` are called by Python code, which is no call of gpt-oss: write them and their calls as `tools` and `tool_calls`"),
+        # What the columns hold is no conversation.
+        ({"messages": {"0": HI, "1": YES}}, "refused: `messages` holds messages by their numbers: make it a list of them"),
+        ({"query": "Hi", "answers": "[]"}, "refused: `answers` holds no calls, as xLAM's does: a text to learn is called `response`"),
+        ({"query": "Hi", "answers": ["Paris"]}, "refused: `answers` holds no calls, as xLAM's does: a text to learn is called `response`"),
+        ({"messages": '[{"role": "user", "content": "Hi", "content": "Ho"}]'}, "refused: `messages`: the key 'content' appears twice in one object"),
+        ({"messages": [HI, YES], "tools": '[{"name": "f", "name": "g"}]'}, "refused: `tools`: the key 'name' appears twice in one object"),
+        ({"prompt": "Hi", "response": '{"a": 1, "a": 2}'}, answered('{"a": 1, "a": 2}')),
+        ({"messages": [{"role": "user", "content": "", "value": "Hi"}, YES]}, ANSWERED),
     ],
 )  # fmt: skip
 def test_columns_become_what_their_author_means_or_are_refused(

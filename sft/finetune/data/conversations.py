@@ -5,6 +5,7 @@ That shape is {"messages": [...], "tools": [...], "reasoning_effort": ...}. A me
 `in_loss` false is not trained on. A row of plain text becomes {"text": ...}.
 """
 
+import json
 from typing import Any
 
 from finetune.data.content import content_of
@@ -18,6 +19,7 @@ from finetune.data.shapes import (
     INSTRUCTION_COLUMNS,
     SHAPES,
     THINKING_FIELDS,
+    TOOL_COLUMNS,
     Place,
     answer_places,
     are_messages,
@@ -25,6 +27,7 @@ from finetune.data.shapes import (
     is_chat_in_text,
     is_flag,
     is_glaive,
+    is_message,
     json_of_value,
     row_thoughts,
     shape_of,
@@ -39,7 +42,9 @@ from finetune.data.values import (
     is_nothing,
     is_unicode,
     parse_json,
+    rows_of_columns,
     type_in_words,
+    unique_keys,
     value_of,
 )
 
@@ -48,7 +53,9 @@ __all__ = ["SHAPES", "BadRow", "read_row", "shape_of", "to_conversation"]
 EFFORTS = ("low", "medium", "high")
 MESSAGE_SHAPES = ("messages", "ShareGPT conversations", "conversation", "Gemini contents")
 MESSAGE_SHAPES += ("Glaive chat",)
+JSON_SHAPES = (*MESSAGE_SHAPES, "query, tools and answers", "UltraChat data")
 PAIR = "it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"
+NO_CALLS = "`answers` holds no calls, as xLAM's does: a text to learn is called `response`"
 # Whether an answer is to be learnt, in KTO's data of LLaMA-Factory and others.
 KTO_KEYS = ("kto_tag", "desirable")
 BAD_LABELS = ("rejected", "undesirable")
@@ -86,6 +93,9 @@ def read_conversation(row: Row, findings: Findings) -> Row:
     if shape == "plain text":
         return read_document(row, findings)
     check_texts(row, shape, findings)
+    check_keys_once(row, shape, findings)
+    if shape == "query, tools and answers" and not are_calls(row["answers"]):
+        raise BadRow(*findings.problems, NO_CALLS)
     places = SHAPES[shape].read(row)
     check_places(places, shape, findings)
     if shape in MESSAGE_SHAPES:
@@ -111,6 +121,9 @@ def whole_table(row: Row) -> str | None:
         if isinstance(items, list) and items and isinstance(items[0], dict) and shape_of(items[0]):
             return f"it holds rows under `{name}`: make each of them a line of a .jsonl file"
     columns = list(row.values())
+    for name, value in row.items():
+        if isinstance(value, dict) and "0" in value and all(map(is_message, value.values())):
+            return f"`{name}` holds messages by their numbers: make it a list of them"
     if columns and all(isinstance(column, dict) and "0" in column for column in columns):
         return (
             "it holds whole columns, as pandas writes them: to_json(orient='records', lines=True)"
@@ -178,10 +191,10 @@ def check_texts(row: Row, shape: str, findings: Findings) -> None:
     for column in sorted(SHAPES[shape].columns - {"answers", "data"}):
         value, is_answer = row[column], column in answers
         holds_messages = are_messages(value, is_answer=is_answer)
-        if isinstance(value, dict) and isinstance(value.get("choices"), list) and is_answer:
-            if len(value["choices"]) != 1:
-                number = len(value["choices"])
-                findings.problems.append(f"{column} holds {number} choices: keep the one to learn")
+        choices = value.get("choices") if isinstance(value, dict) and is_answer else None
+        if isinstance(choices, list) and len(choices) > 1:
+            number = len(choices)
+            findings.problems.append(f"{column} holds {number} choices: keep the one to learn")
         if has_more and holds_messages and not is_answer and not isinstance(value, str):
             findings.problems.append(f"`{more[0]}` beside messages in `{column}`: put it into them")
         elif is_chat_in_text(value) and holds_messages and not (has_more and not is_answer):
@@ -210,6 +223,29 @@ def check_thoughts(row: Row, answer: Any, column: str, findings: Findings) -> No
             f"`{thoughts[0]}` beside {number} messages of the assistant in `{column}`: "
             "put it into the one that it belongs to"
         )
+
+
+def check_keys_once(row: Row, shape: str, findings: Findings) -> None:
+    """Refuse JSON in a text that has a key twice: the last one would win without a word."""
+    columns = (*SHAPES[shape].columns, *TOOL_COLUMNS, "history", "chat_template_kwargs")
+    for column in sorted(columns):
+        value = row.get(column)
+        is_read = column not in SHAPES[shape].columns or shape in JSON_SHAPES
+        if not isinstance(value, str) or not (is_read or is_chat_in_text(value)):
+            continue
+        try:
+            json.loads(value, object_pairs_hook=unique_keys)
+        except (json.JSONDecodeError, RecursionError):
+            continue  # text, or what the reader of the column says it is
+        except ValueError as error:
+            findings.problems.append(f"`{column}`: {error}")
+
+
+def are_calls(value: Any) -> bool:
+    """Whether a column of xLAM's holds at least one call."""
+    calls = rows_of_columns(parse_json(value))
+    calls = calls if isinstance(calls, list) else [calls]
+    return any(isinstance(parse_json(call), dict) for call in calls)
 
 
 def answer_beside(row: Row, places: list[Place], findings: Findings) -> list[Place]:
