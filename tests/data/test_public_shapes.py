@@ -226,6 +226,8 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
+        *(({"text": f"{opening} Hi\n{answer} Yes."}, f"`text` begins with another model's `{opening}") for opening, answer in [("<human>:", "<bot>:"), ("User:", "Bot:"), ("### User:", "### Assistant:")]),
+        ({"prompt": "Hi\n<extra_id_1>Assistant\nYes.\n<extra_id_1>User\nAnd?", "response": "Yes."}, "prompt has `<extra_id_1>` in its text"),
         ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),
         ({"text": "a <|eot_id|> b"}, "`text` has `<|eot_id|>` in it"),
         (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get it", "arguments": {}}]}), "has a space in the name 'get it'"),
