@@ -149,19 +149,22 @@ def test_what_is_behind_a_link_is_read_and_a_loop_is_not_followed(tmp_path: Path
     write_files(tmp_path, "elsewhere/a.jsonl", "data/b.jsonl")
     (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data/loop").symlink_to(tmp_path / "data")
-    found = find_files(str(tmp_path / "data"))
-    assert [file.url for file in found.files] == [
-        f"{tmp_path}/data/b.jsonl",
-        f"{tmp_path}/data/link/a.jsonl",
-    ]
-    assert found.notes == []
+    for name in (tmp_path / "data", f"{tmp_path}/data/**", f"{tmp_path}/d*/**/*.jsonl"):
+        found = find_files(str(name))
+        assert [file.url for file in found.files] == [
+            f"{tmp_path}/data/b.jsonl",
+            f"{tmp_path}/data/link/a.jsonl",
+        ]
+        assert found.notes == []
+    assert names_of(f"{tmp_path}/data/*/*.jsonl") == ["a.jsonl"]
+    assert names_of(f"{tmp_path}/data/*.jsonl") == ["b.jsonl"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
     write_files(tmp_path, "a.jsonl", "closed/b.jsonl")
     (tmp_path / "closed").chmod(0)
-    for name in (tmp_path, tmp_path / "closed"):
+    for name in (tmp_path, tmp_path / "closed", f"{tmp_path}/**", f"{tmp_path}/*/*.jsonl"):
         with pytest.raises(UserError, match=r"cannot be read: PermissionError: .*closed"):
             find_files(str(name))
 

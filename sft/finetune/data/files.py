@@ -14,6 +14,7 @@ from zipfile import ZipFile
 import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from finetune.data.compression import COMPRESSIONS
 from finetune.errors import UserError
@@ -155,11 +156,14 @@ def list_files(filesystem: Any, path: str) -> tuple[list[str], str]:
     """
     is_local = isinstance(filesystem, LocalFileSystem)
     if "*" in path and not (is_local and exists_here(path)):
-        found = filesystem.glob(path, detail=True)
-        files = sorted(file for file, info in found.items() if info["type"] != "directory")
-        return files, path.split("*")[0].rpartition("/")[0] + "/"
+        if is_local:
+            files = files_of_pattern(path)
+        else:
+            found = filesystem.glob(path, detail=True)
+            files = [file for file, info in found.items() if info["type"] != "directory"]
+        return sorted(files), path.split("*")[0].rpartition("/")[0] + "/"
     if is_local and os.path.isdir(path):
-        return sorted(files_below(path, ())), path.rstrip("/") + "/"
+        return sorted(files_below(path)), path.rstrip("/") + "/"
     # Over HTTP, `isdir` would read a whole file to look for links in it.
     if not is_http(filesystem) and filesystem.isdir(path):
         return sorted(filesystem.find(path)), path.rstrip("/") + "/"
@@ -173,19 +177,33 @@ def list_files(filesystem: Any, path: str) -> tuple[list[str], str]:
     return [path], path
 
 
-def files_below(folder: str, parents: tuple[str, ...]) -> Iterator[str]:
+def files_of_pattern(path: str) -> list[str]:
+    """The files of this machine that match a pattern, as fsspec understands it."""
+    folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "/"
+    if not os.path.isdir(folder):
+        return []
+    depth = None if "**" in path else path.removeprefix(folder).lstrip("/").count("/")
+    pattern = re.compile(glob_translate(path))
+    return [file for file in files_below(folder, depth=depth) if pattern.match(file)]
+
+
+def files_below(
+    folder: str, *, depth: int | None = None, parents: tuple[str, ...] = ()
+) -> Iterator[str]:
     """The files of a folder of this machine, and of those below it, behind links too.
 
     fsspec's `find` follows no links and passes over folders that it may not read. A link to a
     folder that it stands in holds nothing else. Raises OSError for a folder that cannot be read.
+    depth: how many folders lie between this one and the deepest files; None for any number.
     """
     parents = (*parents, os.path.realpath(folder))
+    below = None if depth is None else depth - 1
     with os.scandir(folder) as entries:
         for entry in entries:
             if not entry.is_dir():
                 yield entry.path
-            elif os.path.realpath(entry.path) not in parents:
-                yield from files_below(entry.path, parents)
+            elif depth != 0 and os.path.realpath(entry.path) not in parents:
+                yield from files_below(entry.path, depth=below, parents=parents)
 
 
 def is_http(filesystem: Any) -> bool:
