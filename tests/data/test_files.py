@@ -1,5 +1,6 @@
 """Every file of a folder or an archive is read, or named."""
 
+import os
 import zipfile
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from datasets import Dataset, DatasetDict
 
 from finetune.data.files import find_files
 from finetune.data.formats import read_file
+from finetune.data.sources import parse_sources
 from finetune.errors import UserError
 
 LINE = b'{"prompt": "2+2?", "completion": "4"}\n'
@@ -141,3 +143,53 @@ def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
         find_files(str(tmp_path / "folder"))
     with pytest.raises(UserError, match="cannot be read"):
         find_files("nowhere://bucket/a.jsonl")
+
+
+def test_what_is_behind_a_link_is_read_and_a_loop_is_not_followed(tmp_path: Path) -> None:
+    write_files(tmp_path, "elsewhere/a.jsonl", "data/b.jsonl")
+    (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/loop").symlink_to(tmp_path / "data")
+    for name in (tmp_path / "data", f"{tmp_path}/data/**", f"{tmp_path}/d*/**/*.jsonl"):
+        found = find_files(str(name))
+        assert [file.url for file in found.files] == [
+            f"{tmp_path}/data/b.jsonl",
+            f"{tmp_path}/data/link/a.jsonl",
+        ]
+        assert found.notes == []
+    assert names_of(f"{tmp_path}/data/*/*.jsonl") == ["a.jsonl"]
+    assert names_of(f"{tmp_path}/data/*.jsonl") == ["b.jsonl"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_a_folder_that_may_not_be_read_is_not_passed_over(tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jsonl", "closed/b.jsonl")
+    (tmp_path / "closed").chmod(0)
+    for name in (tmp_path, tmp_path / "closed", f"{tmp_path}/**", f"{tmp_path}/*/*.jsonl"):
+        with pytest.raises(UserError, match=r"cannot be read: PermissionError: .*closed"):
+            find_files(str(name))
+
+
+def test_an_archive_without_data_is_named_as_one(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "outer.zip", "w") as archive:
+        archive.writestr("inner.zip", b"PK")
+    zipfile.ZipFile(tmp_path / "empty.zip", "w").close()
+    with pytest.raises(UserError, match=r"archives in an archive: unpack .*outer\.zip/inner\.zip"):
+        find_files(str(tmp_path / "outer.zip"))
+    with pytest.raises(UserError, match=r"empty\.zip' holds no file: the archive is empty"):
+        find_files(str(tmp_path / "empty.zip"))
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "a*2", "a.jsonl*3.jsonl", "a.jsonl ", "a?.jsonl"])
+def test_what_exists_is_a_file_whatever_its_name(name: str, tmp_path: Path) -> None:
+    write_files(tmp_path, name, "ab2")
+    (source,) = parse_sources(f"{tmp_path}/{name}")
+    assert source.weight == 1
+    (file,) = find_files(source.name).files
+    assert [row for _, row in read_file(file)] == [{"prompt": "2+2?", "completion": "4"}]
+
+
+@pytest.mark.parametrize("pattern", ["?.jsonl", "[ab].jsonl"])
+def test_only_a_star_is_a_pattern(pattern: str, tmp_path: Path) -> None:
+    write_files(tmp_path, "a.jsonl")
+    with pytest.raises(UserError, match=r"does not exist: of patterns, only `\*` is known"):
+        find_files(f"{tmp_path}/{pattern}")

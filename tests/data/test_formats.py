@@ -296,3 +296,20 @@ def test_a_bomb_ends_in_one_line_and_bounded_memory(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for line, (_, _, problem) in zip(result.stdout.splitlines(), BOMBS.values(), strict=True):
         assert problem in line
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (json.dumps([ROW, ROW], indent=2).encode(), "is a JSON array: let its name end in .json"),
+        (b"[" + LINE + b",\n" + LINE + b"]", "is a JSON array: let its name end in .json"),
+        (json.dumps(ROW, indent=2).encode(), "is JSON of several lines a row: let its name end in"),
+    ],
+)
+def test_json_lines_that_are_none_are_one_problem(
+    content: bytes, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    (file,) = find_files(str(tmp_path / "rows.jsonl")).files
+    with pytest.raises(UserError, match=words):
+        list(read_file(file))

@@ -303,6 +303,8 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
             ("✿FUNCTION✿: f", "✿FUNCTION✿"), ("<use_mcp_tool>f", "<use_mcp_tool>"), ("Action_input: {}", "Action_input:")]),
         (saying("<TOOLCALL>f(x)</TOOLCALL>"), "messages[1] has `<TOOLCALL>` before what is not JSON"),
         (chat({"role": "user", "content": "<|im_start|>Hi"}, YES), "messages[0] has `<|im_start|>`"),
+        *(({"text": f"{opening} Hi\n{answer} Yes."}, f"`text` begins with another model's `{opening}") for opening, answer in [("<human>:", "<bot>:"), ("User:", "Bot:"), ("### User:", "### Assistant:")]),
+        ({"prompt": "Hi\n<extra_id_1>Assistant\nYes.\n<extra_id_1>User\nAnd?", "response": "Yes."}, "prompt has `<extra_id_1>` in its text"),
         ({"text": "Human: Hi"}, "`text` begins with another model's `Human: `"),
         ({"text": "a <|eot_id|> b"}, "`text` has `<|eot_id|>` in it"),
         (chat(HI, {"role": "assistant", "tool_calls": [{"name": "get it", "arguments": {}}]}), "has a space in the name 'get it'"),
@@ -328,7 +330,6 @@ def test_an_answer_that_is_no_call_is_not_warned_of(text: str) -> None:
     ("row", "note"),
     [
         (chat(HI, CALLING), "calls of functions that `tools` does not offer"),
-        (chat(HI, YES, system="A", system_prompt="B"), "column `system_prompt` not used, since there is `system`"),
         (chat({"role": "system", "content": "A"}, HI, YES, system="B"), "column `system` not used, since the messages have their own"),
         (chat(HI, YES, train=False), "`train` of the row leaves messages out of the loss"),
         (chat(HI, {"role": "assistant", "tool_calls": [{"name": "f"}]}, HI, YES, tools=[{"name": "f"}]), "calls without a result, although the conversation goes on"),

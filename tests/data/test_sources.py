@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from finetune.data.files import find_files
-from finetune.data.sources import Source, is_file, parse_sources, rows_of_hub
+from finetune.data.sources import Source, is_file, parse_sources, read_hub, rows_of_hub
 from finetune.errors import UserError
 
 
@@ -84,3 +84,9 @@ def test_a_hub_dataset_gives_the_rows_of_its_parquet_file(tmp_path: Path) -> Non
     properties = [row["tools"][0]["parameters"]["properties"] for row in rows]
     assert [list(names) for names in properties] == [["city"], ["a"]]
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_pattern_in_braces_is_told_of() -> None:
+    first = parse_sources("folder/{a,b}.*")[0]
+    with pytest.raises(UserError, match=r"nor a hub name .*: of patterns, only `\*` is known"):
+        read_hub(first.name, config=None, split="train")

@@ -19,8 +19,9 @@ def content_of(message: Row) -> Any:
 
 
 def content_key(message: Row) -> str | None:
-    """The first of CONTENT_KEYS that is not null; None if all are."""
-    return next((name for name in CONTENT_KEYS if message.get(name) is not None), None)
+    """The first of CONTENT_KEYS that is not blank, or else not null; None if all are."""
+    given = [name for name in CONTENT_KEYS if message.get(name) is not None]
+    return next((name for name in given if not is_absent(message[name])), next(iter(given), None))
 
 
 def text_of_parts(content: Any) -> str | None:

@@ -5,14 +5,34 @@ That shape is {"messages": [...], "tools": [...], "reasoning_effort": ...}. A me
 `in_loss` false is not trained on. A row of plain text becomes {"text": ...}.
 """
 
+import json
 from typing import Any
 
 from finetune.data.content import content_of
 from finetune.data.findings import Findings
-from finetune.data.loss_keys import LOSS_KEYS, with_row_loss
+from finetune.data.loss_keys import LOSS_KEYS, truth_of, with_row_loss
 from finetune.data.markup import foreign_tag, opening_of_template
-from finetune.data.messages import MEDIA_KEYS, read_message
-from finetune.data.shapes import COMMON, INSTRUCTION_COLUMNS, SHAPES, Place, shape_of
+from finetune.data.messages import MEDIA_KEYS, read_message, role_of
+from finetune.data.shapes import (
+    ANSWER_COLUMNS,
+    COMMON,
+    INSTRUCTION_COLUMNS,
+    SHAPES,
+    THINKING_FIELDS,
+    TOOL_COLUMNS,
+    Place,
+    answer_places,
+    are_messages,
+    is_assistant,
+    is_chat_in_text,
+    is_flag,
+    is_glaive,
+    is_message,
+    json_of_value,
+    row_thoughts,
+    shape_of,
+)
+from finetune.data.shapes import places as places_of
 from finetune.data.tools import read_row_tools
 from finetune.data.turns import INSTRUCTION_ROLES, join_turns
 from finetune.data.values import (
@@ -22,13 +42,23 @@ from finetune.data.values import (
     is_nothing,
     is_unicode,
     parse_json,
+    rows_of_columns,
     type_in_words,
+    unique_keys,
     value_of,
 )
 
 __all__ = ["SHAPES", "BadRow", "read_row", "shape_of", "to_conversation"]
 
 EFFORTS = ("low", "medium", "high")
+MESSAGE_SHAPES = ("messages", "ShareGPT conversations", "conversation", "Gemini contents")
+MESSAGE_SHAPES += ("Glaive chat",)
+JSON_SHAPES = (*MESSAGE_SHAPES, "query, tools and answers", "UltraChat data")
+PAIR = "it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"
+NO_CALLS = "`answers` holds no calls, as xLAM's does: a text to learn is called `response`"
+# Whether an answer is to be learnt, in KTO's data of LLaMA-Factory and others.
+KTO_KEYS = ("kto_tag", "desirable")
+BAD_LABELS = ("rejected", "undesirable")
 
 
 class BadRow(ValueError):
@@ -62,8 +92,14 @@ def read_conversation(row: Row, findings: Findings) -> Row:
     check_columns(row, shape, findings)
     if shape == "plain text":
         return read_document(row, findings)
+    check_texts(row, shape, findings)
+    check_keys_once(row, shape, findings)
+    if shape == "query, tools and answers" and not are_calls(row["answers"]):
+        raise BadRow(*findings.problems, NO_CALLS)
     places = SHAPES[shape].read(row)
     check_places(places, shape, findings)
+    if shape in MESSAGE_SHAPES:
+        places += answer_beside(row, places, findings)
     messages = [place.message for place in places]
     tools = read_row_tools(row, messages, findings)
     schemas = {tool["name"]: tool["parameters"] for tool in tools}
@@ -85,6 +121,9 @@ def whole_table(row: Row) -> str | None:
         if isinstance(items, list) and items and isinstance(items[0], dict) and shape_of(items[0]):
             return f"it holds rows under `{name}`: make each of them a line of a .jsonl file"
     columns = list(row.values())
+    for name, value in row.items():
+        if isinstance(value, dict) and "0" in value and all(map(is_message, value.values())):
+            return f"`{name}` holds messages by their numbers: make it a list of them"
     if columns and all(isinstance(column, dict) and "0" in column for column in columns):
         return (
             "it holds whole columns, as pandas writes them: to_json(orient='records', lines=True)"
@@ -95,7 +134,7 @@ def whole_table(row: Row) -> str | None:
 def no_shape(row: Row) -> str:
     """Why the columns of a row make no shape."""
     if {"chosen", "rejected"} <= row.keys():
-        return "it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"
+        return PAIR
     for shape in SHAPES.values():
         if shape.columns <= row.keys():
             empty = sorted(name for name in shape.columns if row[name] is None)
@@ -115,14 +154,121 @@ def check_columns(row: Row, shape: str, findings: Findings) -> None:
         elif key == "history" and not is_nothing(value):
             columns = " and ".join(f"`{name}`" for name in sorted(SHAPES[shape].columns))
             findings.problems.append(f"`history` beside {columns}: put it into the messages")
-        elif key == "label" and value is False:
-            findings.problems.append(
-                "`label` is false: as in preference data, an answer that is not to be learnt"
-            )
+        elif problem := verdict_of_rater(key, value, is_document=shape == "plain text"):
+            findings.problems.append(problem)
         elif key in LOSS_KEYS and shape != "plain text":
             continue  # with_row_loss reads it
         elif not (is_absent(value) or (key == "reasoning" and isinstance(value, dict))):
             findings.unread.add(str(key))
+
+
+def verdict_of_rater(key: str, value: Any, *, is_document: bool) -> str | None:
+    """Why a row is refused whose answer somebody has found bad; None if nobody has.
+
+    KTO_KEYS speak of nothing else. `label` may well be a class: only what stands for true and false
+    is clear, and beside a document only if it is no number.
+    """
+    if key not in ("label", *KTO_KEYS) or is_absent(value):
+        return None
+    if key in KTO_KEYS and truth_of(value) is None:
+        return f"`{key}` is {value!r}, neither true nor false: is the answer to be learnt?"
+    is_word = isinstance(value, bool) or str(value).strip().lower() == "false"
+    is_bad = truth_of(value) is False and (is_word or not is_document)
+    is_bad = is_bad or (isinstance(value, str) and value.strip().lower() in BAD_LABELS)
+    if not is_bad:
+        return None
+    said = "false" if value is False else value
+    return f"`{key}` is {said}: as in preference data, an answer that is not to be learnt"
+
+
+def check_texts(row: Row, shape: str, findings: Findings) -> None:
+    """Tell how columns were read that may hold text and messages, or thinking and a flag."""
+    if shape in MESSAGE_SHAPES:
+        return
+    answers = {"completion", "response", "output", "final"}
+    more = [name for name in ("input", "context") if name in SHAPES[shape].others]
+    has_more = any(not is_absent(json_of_value(row.get(name))) for name in more)
+    for column in sorted(SHAPES[shape].columns - {"answers", "data"}):
+        value, is_answer = row[column], column in answers
+        holds_messages = are_messages(value, is_answer=is_answer)
+        choices = value.get("choices") if isinstance(value, dict) and is_answer else None
+        if isinstance(choices, list) and len(choices) > 1:
+            number = len(choices)
+            findings.problems.append(f"{column} holds {number} choices: keep the one to learn")
+        if has_more and holds_messages and not is_answer and not isinstance(value, str):
+            findings.problems.append(f"`{more[0]}` beside messages in `{column}`: put it into them")
+        elif is_chat_in_text(value) and holds_messages and not (has_more and not is_answer):
+            findings.notes.append(f"JSON of messages in the text of `{column}` read as messages")
+        elif is_chat_in_text(value):
+            findings.warnings.append(
+                f"{column} has messages as JSON in its text: left as it stands"
+            )
+        if is_answer:
+            check_thoughts(row, value, column, findings)
+
+
+def check_thoughts(row: Row, answer: Any, column: str, findings: Findings) -> None:
+    """Tell of flags in columns of thinking, and refuse thinking that nobody can give a place."""
+    for name in (*THINKING_FIELDS, "analysis"):
+        if name == "analysis" and column != "final":
+            continue  # only Multilingual-Thinking has it as a column
+        if not is_absent(row.get(name)) and is_flag(row[name]):
+            findings.notes.append(f"`{name}` is {row[name]!r}, a flag and no thought: not learnt")
+    thoughts = list(row_thoughts(row))
+    if not thoughts or not are_messages(answer, is_answer=True):
+        return
+    number = sum(is_assistant(place.message) for place in places_of(answer, column))
+    if number != 1:
+        findings.problems.append(
+            f"`{thoughts[0]}` beside {number} messages of the assistant in `{column}`: "
+            "put it into the one that it belongs to"
+        )
+
+
+def check_keys_once(row: Row, shape: str, findings: Findings) -> None:
+    """Refuse JSON in a text that has a key twice: the last one would win without a word."""
+    columns = (*SHAPES[shape].columns, *TOOL_COLUMNS, "history", "chat_template_kwargs")
+    for column in sorted(columns):
+        value = row.get(column)
+        is_read = column not in SHAPES[shape].columns or shape in JSON_SHAPES
+        if not isinstance(value, str) or not (is_read or is_chat_in_text(value)):
+            continue
+        try:
+            json.loads(value, object_pairs_hook=unique_keys)
+        except (json.JSONDecodeError, RecursionError):
+            continue  # text, or what the reader of the column says it is
+        except ValueError as error:
+            findings.problems.append(f"`{column}`: {error}")
+
+
+def are_calls(value: Any) -> bool:
+    """Whether a column of xLAM's holds at least one call."""
+    calls = rows_of_columns(parse_json(value))
+    calls = calls if isinstance(calls, list) else [calls]
+    return any(isinstance(parse_json(call), dict) for call in calls)
+
+
+def answer_beside(row: Row, places: list[Place], findings: Findings) -> list[Place]:
+    """The answer in a column beside messages that end with a question, if it is clear which one.
+
+    Without it the question would be cut off, and an earlier answer trained on in its place.
+    """
+    if role_of(places[-1].message) not in ("user", "tool"):
+        return []
+    if any(not is_nothing(row.get(name)) for name in ("chosen", "rejected")):
+        raise BadRow(*findings.problems, PAIR)
+    columns = [name for name in ANSWER_COLUMNS if not is_nothing(row.get(name))]
+    if len(columns) > 1:
+        names = " and ".join(f"`{name}`" for name in columns)
+        findings.problems.append(
+            f"{names} beside messages without an answer: keep the one to learn"
+        )
+    if len(columns) != 1:
+        return []
+    findings.unread -= {columns[0], *row_thoughts(row)}
+    findings.notes.append(f"`{columns[0]}` read as the answer to the messages beside it")
+    check_thoughts(row, row[columns[0]], columns[0], findings)
+    return answer_places(row[columns[0]], columns[0], row)
 
 
 def check_places(places: list[Place], shape: str, findings: Findings) -> None:
@@ -147,28 +293,48 @@ def check_offered(turns: list[Row], schemas: Row, findings: Findings) -> None:
 
 
 def with_row_instructions(row: Row, shape: str, turns: list[Row], findings: Findings) -> list[Row]:
-    """The turns behind the instructions of a column, unless the messages have their own."""
-    columns = [
-        name
-        for name in INSTRUCTION_COLUMNS
-        if not is_nothing(row.get(name)) and name not in SHAPES[shape].others
-    ]
-    read: list[Row] = []
-    for number, name in enumerate(columns):
-        value = row[name]
+    """The turns behind the instructions of a column, unless the messages have their own.
+
+    Columns that say different things are a problem: nobody can tell which one the model saw.
+    """
+    given = {name: row.get(name) for name in INSTRUCTION_COLUMNS}
+    given["chat_template_kwargs.custom_instructions"] = template_arguments(row).get(
+        "custom_instructions"
+    )
+    in_messages = {name for name in given if name in SHAPES[shape].others}
+    if is_glaive(row) and isinstance(row.get("system"), str):
+        in_messages.add("system")
+    own = [turn["content"] for turn in turns if turn["role"] in INSTRUCTION_ROLES]
+    read: dict[str, list[Row]] = {}
+    for name, value in given.items():
+        if is_nothing(value):
+            continue
         if isinstance(value, dict) and content_of(value) is not None:
             value = content_of(value)
         is_developer = name == "developer" or "instruction" in row
         message = {"role": "developer" if is_developer else "system", "content": value}
-        own = read_message(Place(message, name), {}, findings, is_from_table=False)
-        others = [turn["content"] for turn in turns if turn["role"] in INSTRUCTION_ROLES]
-        others += [turn["content"] for turn in read]
-        if number == 0 and not others:
-            read = own
-        elif any(turn["content"] not in others for turn in own):
-            whose = "the messages have their own" if not read else f"there is `{columns[0]}`"
-            findings.notes.append(f"column `{name}` not used, since {whose}")
-    return read + turns
+        read[name] = read_message(Place(message, name), {}, findings, is_from_table=False)
+    texts = {name: "".join(turn["content"] for turn in found) for name, found in read.items()}
+    if len(set(texts.values())) > 1:
+        names = " and ".join(f"`{name}`" for name in texts)
+        findings.problems.append(f"{names} hold different instructions: keep one of them")
+        return turns
+    columns = [name for name in read if name not in in_messages]
+    if not columns or in_messages & read.keys():
+        return turns
+    if own:
+        if texts[columns[0]] not in own:
+            findings.notes.append(
+                f"column `{columns[0]}` not used, since the messages have their own"
+            )
+        return turns
+    return read[columns[0]] + turns
+
+
+def template_arguments(row: Row) -> Row:
+    """The chat template's arguments, which smoltalk2 keeps its tools and instructions in."""
+    arguments = parse_json(row.get("chat_template_kwargs"))
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def read_effort(row: Row, messages: list[Row], findings: Findings) -> str | None:
@@ -177,13 +343,18 @@ def read_effort(row: Row, messages: list[Row], findings: Findings) -> str | None
     It is in a column, in the chat template's arguments, in `reasoning` as OpenAI's API has it, or
     in openai-harmony's own system message.
     """
-    arguments = parse_json(row.get("chat_template_kwargs"))
-    arguments = arguments if isinstance(arguments, dict) else {}
+    arguments = template_arguments(row)
+    read = ("reasoning_effort", "custom_instructions", "xml_tools", "python_tools")
     findings.unread.update(
         f"chat_template_kwargs.{key}"
         for key, value in arguments.items()
-        if key != "reasoning_effort" and value is not None
+        if key not in read and value is not None
     )
+    if not is_nothing(arguments.get("python_tools")):
+        findings.problems.append(
+            "`chat_template_kwargs.python_tools` are called by Python code, which is no call of "
+            "gpt-oss: write them and their calls as `tools` and `tool_calls`"
+        )
     reasoning = row.get("reasoning")
     reasoning = reasoning if isinstance(reasoning, dict) else {}
     given = [value_of(row, "reasoning_effort"), value_of(arguments, "reasoning_effort")]

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -14,6 +14,7 @@ from zipfile import ZipFile
 import datasets
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from finetune.data.compression import COMPRESSIONS
 from finetune.errors import UserError
@@ -97,7 +98,7 @@ def find_files(name: str, *, split: str = "train") -> Found:
     Raises UserError if there is no such file.
     """
     try:
-        filesystem, path = fsspec.url_to_fs(name)
+        filesystem, path = filesystem_of(name)
         paths, root = list_files(filesystem, path)
         listed = [data_file(filesystem, path) for path in without_bookkeeping(filesystem, paths)]
         files = [member for file in listed for member in members(file)]
@@ -107,11 +108,12 @@ def find_files(name: str, *, split: str = "train") -> Found:
         raise UserError(
             f"dataset {name!r} cannot be read: {type(error).__name__}: {error}"
         ) from error
-    if not files and root != path and "*" not in path:
-        raise UserError(f"dataset {name!r} is a folder without data in it")
     if not files:
+        raise nothing_found(name, is_folder=root != path and "*" not in path, is_empty=bool(listed))
+    if all(map(is_nested, files)):
+        names = listing(file.place for file in files)
         raise UserError(
-            f"dataset {name!r} does not exist: set DATASET to a file, a folder or a hub name"
+            f"dataset {name!r} holds nothing but archives in an archive: unpack {names}"
         )
     if len(files) == 1 and root == path:
         if split != "train":
@@ -120,15 +122,48 @@ def find_files(name: str, *, split: str = "train") -> Found:
     return choose(name, files, root=url_of(filesystem, root), split=split)
 
 
+def nothing_found(name: str, *, is_folder: bool, is_empty: bool) -> UserError:
+    """Why a source has no files. is_empty: there are archives, and nothing in them."""
+    if is_empty:
+        return UserError(f"dataset {name!r} holds no file: the archive is empty")
+    if is_folder:
+        return UserError(f"dataset {name!r} is a folder without data in it")
+    if "://" not in name and any(sign in name for sign in "?[{"):
+        return UserError(f"dataset {name!r} does not exist: of patterns, only `*` is known")
+    return UserError(
+        f"dataset {name!r} does not exist: set DATASET to a file, a folder or a hub name"
+    )
+
+
+def filesystem_of(name: str) -> tuple[Any, str]:
+    """The file system of a path or URL, and the path in it.
+
+    What exists on this machine is a path, even if its name has fsspec's `::` in it.
+    """
+    if "::" in name and exists_here(name):
+        return LocalFileSystem(), str(Path(name).expanduser().absolute())
+    return fsspec.url_to_fs(name)
+
+
+def exists_here(name: str) -> bool:
+    return bool(name) and "://" not in name and Path(name).expanduser().exists()
+
+
 def list_files(filesystem: Any, path: str) -> tuple[list[str], str]:
     """The paths of all files below a path or pattern, and the folder that their names begin with.
 
     Of a file, its own path takes the place of that folder.
     """
-    if "*" in path:
-        found = filesystem.glob(path, detail=True)
-        files = sorted(file for file, info in found.items() if info["type"] != "directory")
-        return files, path.split("*")[0].rpartition("/")[0] + "/"
+    is_local = isinstance(filesystem, LocalFileSystem)
+    if "*" in path and not (is_local and exists_here(path)):
+        if is_local:
+            files = files_of_pattern(path)
+        else:
+            found = filesystem.glob(path, detail=True)
+            files = [file for file, info in found.items() if info["type"] != "directory"]
+        return sorted(files), path.split("*")[0].rpartition("/")[0] + "/"
+    if is_local and os.path.isdir(path):
+        return sorted(files_below(path)), path.rstrip("/") + "/"
     # Over HTTP, `isdir` would read a whole file to look for links in it.
     if not is_http(filesystem) and filesystem.isdir(path):
         return sorted(filesystem.find(path)), path.rstrip("/") + "/"
@@ -140,6 +175,35 @@ def list_files(filesystem: Any, path: str) -> tuple[list[str], str]:
             raise UserError(f"dataset {path!r}: the server answers {status}") from error
         return [], path
     return [path], path
+
+
+def files_of_pattern(path: str) -> list[str]:
+    """The files of this machine that match a pattern, as fsspec understands it."""
+    folder = re.split(r"[*?\[]", path)[0].rpartition("/")[0] or "/"
+    if not os.path.isdir(folder):
+        return []
+    depth = None if "**" in path else path.removeprefix(folder).lstrip("/").count("/")
+    pattern = re.compile(glob_translate(path))
+    return [file for file in files_below(folder, depth=depth) if pattern.match(file)]
+
+
+def files_below(
+    folder: str, *, depth: int | None = None, parents: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """The files of a folder of this machine, and of those below it, behind links too.
+
+    fsspec's `find` follows no links and passes over folders that it may not read. A link to a
+    folder that it stands in holds nothing else. Raises OSError for a folder that cannot be read.
+    depth: how many folders lie between this one and the deepest files; None for any number.
+    """
+    parents = (*parents, os.path.realpath(folder))
+    below = None if depth is None else depth - 1
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.is_dir():
+                yield entry.path
+            elif depth != 0 and os.path.realpath(entry.path) not in parents:
+                yield from files_below(entry.path, depth=below, parents=parents)
 
 
 def is_http(filesystem: Any) -> bool:
@@ -201,7 +265,7 @@ def local_path(file: DataFile) -> Path:
 
     It stays in the cache of `datasets`, beside the tokens, for the ranks and for the next launch.
     """
-    filesystem, path = fsspec.url_to_fs(file.url)
+    filesystem, path = filesystem_of(file.url)
     if isinstance(filesystem, LocalFileSystem):
         return Path(path)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "remote"
@@ -259,8 +323,12 @@ def is_hidden(relative: str) -> bool:
 
 
 def is_known(file: DataFile) -> bool:
-    is_nested = file.member is not None and file.member.lower().endswith(".zip")
-    return format_of(file.name) is not None and not is_nested
+    return format_of(file.name) is not None and not is_nested(file)
+
+
+def is_nested(file: DataFile) -> bool:
+    """Whether it is an archive in an archive."""
+    return file.member is not None and file.member.lower().endswith(".zip")
 
 
 def split_of(relative: str) -> str:

@@ -87,6 +87,7 @@ def rows_of_stream(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, Row
         case ".tsv":
             yield from csv_rows(buffered, delimiter="\t")
         case ".jsonl":
+            check_lines(buffered)
             yield from jsonl_rows(buffered)
         case ".json":
             yield from json_rows(buffered)
@@ -94,6 +95,16 @@ def rows_of_stream(stream: IO[bytes], file: DataFile) -> Iterator[tuple[int, Row
             yield from json_rows(buffered)
         case _:
             raise UserError(f"ends in none of {', '.join(FORMATS)}, and does not begin like JSON")
+
+
+def check_lines(stream: io.BufferedReader) -> None:
+    """Raise UserError for JSON that is not written a row a line: each line would be a problem."""
+    start = stream.peek(1).removeprefix(b"\xef\xbb\xbf").lstrip()
+    first_line = start.partition(b"\n")[0].rstrip()
+    if first_line == b"[" or (first_line.startswith(b"[") and first_line.endswith(b",")):
+        raise UserError("is a JSON array: let its name end in .json")
+    if first_line == b"{":
+        raise UserError("is JSON of several lines a row: let its name end in .json")
 
 
 def seekable(stream: IO[bytes], *, is_plain: bool) -> IO[bytes]:

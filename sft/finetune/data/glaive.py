@@ -26,7 +26,7 @@ def system_message(system: str) -> Row:
     """The message of a text that ends in functions, each as JSON that begins on a line."""
     text, *schemas = re.split(r"^(?=\{)", system.strip(), flags=re.MULTILINE)
     tools = [parse_json(schema.strip()) for schema in schemas]
-    if not all(isinstance(tool, dict) for tool in tools):
+    if not all(isinstance(tool, dict) and tool.keys() & {"name", "function"} for tool in tools):
         text, tools = system, []
     content = text.strip().removeprefix("SYSTEM:").strip().removesuffix("-").rstrip()
     return {"role": "system", "content": content, "tools": tools}

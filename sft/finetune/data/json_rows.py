@@ -8,6 +8,7 @@ from json import JSONDecodeError, JSONDecoder
 from typing import IO, Any
 
 from finetune.data.checks import Row
+from finetune.data.values import type_in_words, unique_keys
 from finetune.errors import UserError
 
 # Longer than any conversation. A file without line feeds reaches it, and is not read into memory.
@@ -43,7 +44,7 @@ def json_rows(stream: io.BufferedReader) -> Iterator[tuple[int, Row | str]]:
     values = JsonValues(io.TextIOWrapper(stream, encoding="utf-8-sig"))
     for number, value in enumerate(values, start=1):
         is_row = isinstance(value, dict | str)
-        yield number, value if is_row else f"{type_of(value)}, not an object"
+        yield number, value if is_row else f"{type_in_words(value)}, not an object"
 
 
 class JsonValues:
@@ -146,11 +147,7 @@ def decode_value(text: str, start: int) -> tuple[Any, int]:
 def parse_object(line: bytes) -> Row | str:
     """The object in a line of JSON, or what is wrong with the line."""
     value = parse_json(line)
-    return value if isinstance(value, str | dict) else f"{type_of(value)}, not an object"
-
-
-def type_of(value: Any) -> str:
-    return f"a {type(value).__name__}"
+    return value if isinstance(value, str | dict) else f"{type_in_words(value)}, not an object"
 
 
 def parse_json(text: bytes) -> Any:
@@ -170,19 +167,6 @@ def parse_json(text: bytes) -> Any:
 def described(value: Any) -> Any:
     """The value, or if it is a string, a string that says so."""
     return f"the text {value[:20]!r}, not an object" if isinstance(value, str) else value
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
-    """An object's keys and values. Raises ValueError for a key that appears twice.
-
-    json would keep the last of them without a word, and so lose what a user wrote.
-    """
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} appears twice in one object")
-    return row
 
 
 STRICT, PLAIN = JSONDecoder(object_pairs_hook=unique_keys), JSONDecoder()

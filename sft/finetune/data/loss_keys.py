@@ -19,13 +19,14 @@ UNCLEAR_LOSS_KEYS |= {
     "ignore_loss",
 }
 UNCLEAR_LOSS_KEYS |= {"include_in_loss", "in_loss", "learnable", "is_trainable", "should_train"}
-TRUE, FALSE = (True, 1, "1", "true", "True", "1.0"), (False, 0, "0", "false", "False", "0.0")
+TRUE, FALSE = (True, 1, "1", "true", "1.0"), (False, 0, "0", "false", "0.0")
 
 
 def truth_of(value: Any) -> bool | None:
     """What a value of LOSS_KEYS says; None if it is neither 0 nor 1."""
     if not isinstance(value, bool | int | float | str):
         return None
+    value = value.strip().lower() if isinstance(value, str) else value
     return True if value in TRUE else False if value in FALSE else None
 
 

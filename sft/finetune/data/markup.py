@@ -115,7 +115,7 @@ FOREIGN = re.compile(
     r"(?=[<\[◁✿>`])(?:<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
     r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
     r"|<｜[^｜\n]{1,40}｜>|</?function[_-]?calls?>|<invoke name=|</?minimax:\w+>|</?tool_use>"
-    r"|<\|channel>|<SPECIAL_\d+>|</?toolcalls?>|</?tool_calls>|</tool>|</?start_function_call>|<<functions?>>"
+    r"|<\|channel>|<SPECIAL_\d+>|<extra_id_\d+>|</?toolcalls?>|</?tool_calls>|</tool>|</?start_function_call>|<<functions?>>"
     r"|^>>>[\w.]+\n\{|✿[A-Z]+✿|</?use_mcp_tool>|^```tool_(?:call|code)|<eos>"
     r"|</s>\s*\Z)",
     re.IGNORECASE | re.MULTILINE,
@@ -154,6 +154,10 @@ TEMPLATES = (
     "Below is an instruction that describes a task",
     "Human: ",
     "USER: ",
+    "User: ",
+    "### User:",
+    "### System:",
+    "<human>:",
 )
 HARMONY = re.compile(
     r"(?:(?:<\|start\|>)?assistant)?(?: ?to=(?P<to>[\w.-]+))?"

@@ -20,6 +20,11 @@ from finetune.data.values import (
 
 # The names under which datasets keep the analysis: the chat template's, DeepSeek's and vLLM's.
 THINKING_FIELDS = ("thinking", "reasoning_content", "reasoning")
+# Other names that a message may have for it, where those are taken (assistant.THINKING_KEYS).
+SPARE_THOUGHTS = ("analysis", "thought", "thoughts", "think")
+# What stands in a column of thinking and is none, in lower case.
+FLAGS = ("on", "off", "true", "false", "yes", "no", "0", "1", "enabled", "disabled")
+FLAGS += ("none", "null", "nan", "n/a", "na", "-")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 ROLE_NAMES = {
@@ -121,32 +126,81 @@ def column_of_messages(name: str) -> Callable[[Row], list[Place]]:
 
 def read_prompt_completion(row: Row) -> list[Place]:
     """Prompt and completion may each be text or messages. The prompt is never in the loss."""
-    prompt, completion = row["prompt"], row["completion"]
-    if are_messages(prompt):
-        asked = places(prompt, "prompt")
-    else:
-        asked = [Place({"role": "user", "content": prompt}, "prompt")]
-    if are_messages(completion, assistant=True):
-        answered = places(completion, "completion")
-    else:
-        answered = [Place(answer_message(completion, row), "completion")]
-    asked = history(row.get("history")) + asked
-    return [place._replace(in_loss=False) for place in asked] + answered
+    asked = history(row.get("history")) + question_places(row["prompt"], "prompt")
+    asked = [place._replace(in_loss=False) for place in asked]
+    return asked + answer_places(row["completion"], "completion", row)
 
 
-def are_messages(value: Any, *, assistant: bool = False) -> bool:
-    """Whether a value is a list of messages, or one message, also as JSON in a text.
+def question_places(value: Any, column: str) -> list[Place]:
+    """What a column asks: text, or messages, which are a prompt and never in the loss."""
+    if are_messages(value):
+        return places(value, column, in_loss=False)
+    return [Place({"role": "user", "content": text_or_parts(value)}, column)]
 
-    A prompt or an answer may well be JSON: text stays text unless it is nothing but messages with
-    roles, of which with `assistant` one must be the assistant's.
+
+def answer_places(value: Any, column: str, row: Row) -> list[Place]:
+    """What a column answers: text, a message, messages, or the object of an API."""
+    value = message_of_api(value)
+    if not are_messages(value, is_answer=True):
+        return [Place(answer_message(value, row), column)]
+    found = places(value, column)
+    answers = [n for n, place in enumerate(found) if is_assistant(place.message)]
+    if len(answers) == 1:
+        place = found[answers[0]]
+        message = {**place.message}
+        for thought in row_thoughts(row).values():
+            key = next(key for key in (*THINKING_FIELDS, *SPARE_THOUGHTS) if key not in message)
+            message[key] = thought
+        found[answers[0]] = place._replace(message=message)
+    return found
+
+
+def message_of_api(value: Any) -> Any:
+    """The message in a value that OpenAI's API answers with; any other value as it is."""
+    if not isinstance(value, dict):
+        return value
+    choices = value.get("choices")
+    if isinstance(choices, list) and len(choices) == 1 and isinstance(choices[0], dict):
+        answer = choices[0].get("message", choices[0].get("text"))
+        return value if answer is None else answer
+    if isinstance(value.get("message"), dict) and is_message(value["message"]):
+        return value["message"]
+    keys = {key for key, item in value.items() if item is not None}
+    if "content" in keys and keys <= {"content", "tool_calls", "refusal", *THINKING_FIELDS}:
+        return {**value, "role": "assistant"}
+    return value
+
+
+def are_messages(value: Any, *, is_answer: bool = False) -> bool:
+    """Whether a column that may be text holds a message or messages instead.
+
+    An object with a role and content is never meant as JSON. A text may well be: it holds messages
+    only if it is a list of nothing else that can stand where it does. A prompt ends with who is
+    answered, and nobody but the assistant and its tools speaks in an answer.
     """
-    parsed = rows_of_columns(parse_json(value))
-    if isinstance(parsed, dict):
-        return isinstance(value, dict) and is_message(parsed)
-    if not isinstance(parsed, list) or not parsed or not all(map(is_message, parsed)):
+    items = rows_of_columns(parse_json(value))
+    if not isinstance(value, str):
+        items = items if isinstance(items, list) else [items]
+        return any(map(is_message, items))
+    if not is_chat_in_text(value) or not isinstance(items, list):
         return False
-    roles = {standard_role(value_of(item, *ROLE_KEYS)) for item in parsed}
-    return not assistant or "assistant" in roles
+    roles = [standard_role(value_of(item, *ROLE_KEYS)) for item in items]
+    if is_answer:
+        return "assistant" in roles and set(roles) <= {"assistant", "tool"}
+    return roles[-1] in ("user", "tool")
+
+
+def is_chat_in_text(value: Any) -> bool:
+    """Whether a text is JSON of messages and of nothing else, be they meant or quoted."""
+    if not isinstance(value, str):
+        return False
+    items = rows_of_columns(parse_json(value))
+    items = [items] if isinstance(items, dict) else items
+    return isinstance(items, list) and bool(items) and all(map(is_message, items))
+
+
+def is_assistant(message: Any) -> bool:
+    return isinstance(message, dict) and standard_role(value_of(message, *ROLE_KEYS)) == "assistant"
 
 
 def is_message(value: Any) -> bool:
@@ -157,21 +211,53 @@ def is_message(value: Any) -> bool:
 
 
 def json_of_value(value: Any) -> Any:
-    """A value as JSON, where something stands beside the question that is no text."""
-    if isinstance(value, str) or is_nothing(value):
-        return value
+    """A value as JSON, where something stands beside the question that is no text.
+
+    Of texts only what pandas writes for nothing is nothing: `[]` may be what the question is about.
+    """
+    if isinstance(value, str):
+        return None if value in ("nan", "NaN") else value
+    if is_nothing(value):
+        return None
     try:
         return json_text(value)
     except ValueError:
         return value  # read_message says what is wrong with it
 
 
+def text_or_parts(value: Any) -> Any:
+    """A question as text: a number, an object and a list are written as JSON, typed parts stay."""
+    items = value if isinstance(value, list) else [value]
+    is_typed = any(isinstance(item, dict) and "type" in item for item in items)
+    if is_typed or isinstance(value, bool) or is_nothing(value):
+        return value
+    return json_of_value(value)
+
+
+def row_thoughts(row: Row) -> Row:
+    """The columns that hold the thinking. A flag such as `on` says only that there may be some."""
+    thoughts = {
+        name: row[name]
+        for name in THINKING_FIELDS
+        if not is_absent(row.get(name)) and not is_flag(row[name])
+    }
+    if isinstance(row.get("reasoning"), dict) and "effort" in row["reasoning"]:
+        del thoughts["reasoning"]  # OpenAI's API has the effort there
+    if "final" in row and not is_absent(row.get("analysis")) and not is_flag(row["analysis"]):
+        thoughts["analysis"] = row["analysis"]
+    return thoughts
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value switches thinking on or off, or says that there is none."""
+    if isinstance(value, bool):
+        return True
+    return isinstance(value, str) and value.strip().strip(".").lower() in FLAGS
+
+
 def answer_message(answer: Any, row: Row) -> Row:
     """The assistant's message in a column of its own."""
-    thinking = {name: row[name] for name in THINKING_FIELDS if not is_absent(row.get(name))}
-    if isinstance(row.get("reasoning"), dict) and "effort" in row["reasoning"]:
-        del thinking["reasoning"]  # OpenAI's API has the effort there
-    return {"role": "assistant", "content": answer, **thinking, "is_column": True}
+    return {"role": "assistant", "content": answer, **row_thoughts(row), "is_column": True}
 
 
 def single_exchange(
@@ -183,26 +269,29 @@ def single_exchange(
     """
 
     def read(row: Row) -> list[Place]:
-        asked, rest = row[question], json_of_value(row.get(more)) if more else None
-        if is_nothing(rest):
-            text = asked
-        elif is_absent(asked):
-            text = rest
-        else:
-            text = f"{asked}\n\n{rest}" if isinstance(asked, str) else asked
+        found = history(row.get("history"))
+        found += question_places(with_more(row, question, more), question)
+        found += answer_places(row[answer], answer, row)
         developer = developer_text(row, instructions) if instructions else None
-        found = [Place({"role": "user", "content": text}, question)]
-        answered = answer_message(row[answer], row)
-        if not is_absent(row.get("analysis")) and instructions:
-            answered["thinking"] = row["analysis"]
-        found.append(Place(answered, answer))
-        found = history(row.get("history")) + found
         if developer is not None:
             message = {"role": "developer", "content": developer}
             found.insert(0, Place(message, instructions or ""))
         return found
 
     return read
+
+
+def with_more(row: Row, question: str, more: str | None) -> Any:
+    """The question with the text of another column behind it, if there is one."""
+    asked, rest = row[question], json_of_value(row.get(more)) if more else None
+    if is_absent(rest):
+        return asked
+    if is_absent(asked):
+        return rest
+    asked = text_or_parts(asked)
+    if isinstance(asked, list):
+        return [*asked, {"type": "text", "text": f"\n\n{rest}"}]
+    return f"{asked}\n\n{rest}" if isinstance(asked, str) else asked
 
 
 def developer_text(row: Row, column: str) -> Any:
@@ -249,14 +338,20 @@ def read_dialogue(row: Row) -> list[Place]:
     ]
 
 
+def is_glaive(row: Row) -> bool:
+    """Whether `chat` is Glaive's text; then `system` is a text that ends in functions."""
+    chat = row.get("chat")
+    return isinstance(chat, str) and glaive.messages_of_chat(chat) is not None
+
+
 def read_chat(row: Row) -> list[Place]:
     """Glaive's `chat`, a text with the name of who speaks before each message; or messages."""
-    chat, system = parse_json(row["chat"]), row.get("system")
-    found = []
+    if not is_glaive(row):
+        return places(row["chat"], "chat")
+    system, found = row.get("system"), []
     if isinstance(system, str) and not is_absent(system):
         found.append(Place(glaive.system_message(system), "system"))
-    messages = glaive.messages_of_chat(chat) if isinstance(chat, str) else chat
-    return found + places(chat if messages is None else messages, "chat")
+    return found + places(glaive.messages_of_chat(row["chat"]), "chat")
 
 
 # What may stand beside messages of any shape.
@@ -272,6 +367,7 @@ INSTRUCTION_COLUMNS = (
 COMMON = {*TOOL_COLUMNS, *INSTRUCTION_COLUMNS, "function_call", "tool_choice"}
 COMMON |= {"reasoning_effort", "chat_template_kwargs"}
 EXCHANGE = {"history", *THINKING_FIELDS}
+ANSWER_COLUMNS = ("response", "completion", "answer", "output")
 # The first match counts, so the richer shapes come first: `messages` may stand beside `text`.
 SHAPES = {
     "messages": Shape({"messages"}, set(), column_of_messages("messages")),
@@ -305,6 +401,6 @@ SHAPES = {
         {"prompt", "response"}, EXCHANGE, single_exchange("prompt", "response")
     ),
     "UltraChat data": Shape({"data"}, set(), read_dialogue),
-    "Glaive chat": Shape({"chat"}, {"system"}, read_chat),
+    "Glaive chat": Shape({"chat"}, set(), read_chat),
     "plain text": Shape({"text"}, set(), lambda row: [Place(row["text"], "text")]),
 }

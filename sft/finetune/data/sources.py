@@ -24,7 +24,7 @@ from finetune.credentials import public_url
 from finetune.data.arrow_types import rows_of_table
 from finetune.data.checks import Row
 from finetune.data.compression import COMPRESSIONS
-from finetune.data.files import format_of
+from finetune.data.files import exists_here, format_of
 from finetune.errors import UserError
 
 BATCH_ROWS = 1000
@@ -48,6 +48,8 @@ def parse_sources(text: str) -> list[Source]:
 
 
 def parse_source(part: str) -> Source:
+    if exists_here(part):
+        return Source(part)
     name, star, weight = part.rpartition("*")
     # The last star may belong to a pattern instead of a weight: data/*.jsonl or data/*
     is_weight = format_of(name) or NUMBER.fullmatch(weight.strip())
@@ -81,7 +83,8 @@ def split_at_commas(text: str) -> list[str]:
         if "://" in parts[0] and "?" in parts[0]:
             continued = takewhile(partial(is_of_query, url=parts[0]), parts[1:])
             length = 1 + len(list(continued))
-        sources.append(",".join(parts[:length]).strip())
+        source = ",".join(parts[:length])
+        sources.append(source if exists_here(source) else source.strip())
         parts = parts[length:]
     return [source for source in sources if source]
 
@@ -126,8 +129,9 @@ def read_hub(name: str, *, config: str | None, split: str) -> Dataset:
     """A hub dataset. The name's own config and split win. Raises UserError if it cannot be read."""
     match = HUB_NAME.fullmatch(name)
     if match is None:
+        hint = ": of patterns, only `*` is known" if any(sign in name for sign in "?{") else ""
         raise UserError(
-            f"dataset {name!r} is neither a file nor a hub name like owner/name:config@split"
+            f"dataset {name!r} is neither a file nor a hub name like owner/name:config@split{hint}"
         )
     try:
         return load_dataset(match["path"], match["name"] or config, split=match["split"] or split)

@@ -48,7 +48,10 @@ PYTHON_TYPES = {
     "any": "any",
 }
 JSON_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
-SCHEMA_KEYS = {"type", "properties", "$ref", "oneOf", "anyOf", "allOf", "enum", "items", "required"}
+# JSON schema's keywords for lists, which a parameter may have as its name.
+LIST_KEYWORDS = ("required", "enum", "oneOf", "anyOf", "allOf")
+# Keywords that say nothing of the parameters, and of whose objects none is a parameter.
+SIDE_KEYWORDS = ("$defs", "definitions", "additionalProperties", "patternProperties", "$schema")
 
 
 def function_of(call: Any) -> Row:
@@ -72,17 +75,37 @@ def read_row_tools(row: Row, messages: list[Row], findings: Findings) -> list[Ro
     Lists in several places must be equal: nobody can tell which one the model saw.
     """
     given = [(name, row.get(name)) for name in TOOL_COLUMNS]
+    arguments = parse_json(row.get("chat_template_kwargs"))
+    if isinstance(arguments, dict):
+        given.append(("chat_template_kwargs.xml_tools", arguments.get("xml_tools")))
     for number, message in enumerate(messages):
         given += [(f"messages[{number}].{n}", message.get(n)) for n in ("tools", "functions")]
         for part in message["content"] if isinstance(message.get("content"), list) else []:
             if isinstance(part, dict) and part.get("type") == "developer_content":
                 given.append((f"messages[{number}].content", harmony_tools(part)))
     given = [(where, value) for where, value in given if not is_nothing(value)]
-    read = [(where, read_tools(value, findings, where=where)) for where, value in given]
+    read = [
+        (where, each_once(read_tools(value, findings, where=where), where, findings))
+        for where, value in given
+    ]
     for where, tools in read[1:]:
         if tools != read[0][1]:
             findings.problems.append(f"`{read[0][0]}` and `{where}` offer different functions")
     return read[0][1] if read else []
+
+
+def each_once(tools: list[Row], where: str, findings: Findings) -> list[Row]:
+    """The functions without those that stand there twice. Two of one name must be equal."""
+    by_name: dict[str, Row] = {}
+    for tool in tools:
+        earlier = by_name.setdefault(tool["name"], tool)
+        if earlier is tool or not tool["name"]:
+            continue
+        if earlier == tool:
+            findings.notes.append(f"a function that stands twice in `{where}` offered once")
+        else:
+            findings.problems.append(f"`{where}` has two different functions {tool['name']!r}")
+    return list(by_name.values())
 
 
 def harmony_tools(part: Row) -> Any:
@@ -137,6 +160,7 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         what = f": only functions are rendered, not {kind!r}" if kind != "function" and kind else ""
         findings.problems.append(f"{where} has no `name`{what}")
         return {"name": "", "description": "", "parameters": None}
+    name = name.strip().removeprefix("functions.")  # as read_call has it
     check_name(name, where, findings)
     if not is_absent(description) and not isinstance(description, str):
         findings.problems.append(
@@ -162,16 +186,27 @@ def read_tool(tool: Any, where: str, findings: Findings) -> Row:
         parameters = None
     description = description if is_text(description) else ""
     read = {
-        "name": name.strip(),
+        "name": name,
         "description": description,
         "parameters": read_schema(parameters),
     }
+    check_parameters(read["parameters"], where, findings)
     try:
         if not is_unicode(json_text(read)):
             findings.problems.append(f"{where} has half a surrogate pair: not valid Unicode")
     except ValueError as error:
         findings.problems.append(f"{where} has `parameters` that {error}")
     return read
+
+
+def check_parameters(schema: Any, where: str, findings: Findings) -> None:
+    """Warn of an object in which nothing says what the parameters are."""
+    named = {"type", "properties", "$ref", "items", *LIST_KEYWORDS, *SIDE_KEYWORDS}
+    if schema and not schema.keys() & named and not schema.keys() <= {"title", "description"}:
+        keys = ", ".join(f"`{key}`" for key in schema)
+        findings.warnings.append(
+            f"{where} has `parameters` with {keys}, which is no JSON schema: rendered as `any`"
+        )
 
 
 def check_name(name: str, where: str, findings: Findings) -> None:
@@ -188,13 +223,64 @@ def read_schema(parameters: Row | None) -> Any:
     if parameters is None:
         return None
     fields = {k: v for k, v in parameters.items() if v is not None and not is_hollow(v)}
-    is_properties = fields and not fields.keys() & SCHEMA_KEYS
-    if is_properties and all(isinstance(v, dict) and v.get("type") for v in fields.values()):
-        optional = {name for name, v in fields.items() if "optional" in str(v["type"])}
-        required = [n for n, v in fields.items() if n not in optional and "default" not in v]
-        properties = {name: clean_schema(value) for name, value in fields.items()}
-        return {"type": "object", "properties": properties, "required": required}
+    if are_properties(fields):
+        given = {name: schema_of_property(value) for name, value in fields.items()}
+        properties = {name: clean_schema(value) for name, value in given.items()}
+        return {"type": "object", "properties": properties, "required": required_of(given)}
     return clean_schema(parameters)
+
+
+def are_properties(fields: Row) -> bool:
+    """Whether an object is no schema but holds parameters by their names.
+
+    A parameter may well be called `type`, `items` or `required`: what stands under it decides.
+    """
+    if not fields or any(is_keyword(name, value) for name, value in fields.items()):
+        return False
+    return all(isinstance(value, dict) or is_type_name(value) for value in fields.values())
+
+
+def is_keyword(name: str, value: Any) -> bool:
+    """Whether a key of `parameters` is JSON schema's, and not the name of a parameter."""
+    if name == "type":
+        return isinstance(value, str | list)
+    if name == "properties":  # as a parameter's name it has a text as its own `type`
+        return isinstance(value, dict) and not isinstance(value.get("type"), str)
+    return (
+        (name in LIST_KEYWORDS and isinstance(value, list))
+        or (name == "$ref" and isinstance(value, str))
+        or name in SIDE_KEYWORDS
+    )
+
+
+def is_type_name(value: Any) -> bool:
+    """Whether a text is the name of a type, in JSON schema's words or in Python's."""
+    return isinstance(value, str) and type_of_name(value)["type"] in (*JSON_TYPES, "any")
+
+
+def schema_of_property(value: Any) -> Any:
+    """The schema of a parameter, of which some datasets write the type alone."""
+    return {"type": value} if is_type_name(value) else value
+
+
+def required_of(properties: dict[str, Row]) -> list[str]:
+    """The parameters that a call must have, by the marks of each: all that are not optional."""
+    marked = [name for name, value in properties.items() if value.get("required") is True]
+    return marked or [
+        name
+        for name, value in properties.items()
+        if not is_optional(value.get("type"))
+        and "default" not in value
+        and value.get("required") is not False
+        and value.get("optional") is not True
+    ]
+
+
+def is_optional(kind: Any) -> bool:
+    """Whether a name of a type says that the parameter may be left out, as Python writes it."""
+    if not isinstance(kind, str):
+        return False
+    return "optional" in kind.lower() or re.search(r"\bNone\b", kind) is not None
 
 
 def clean_schema(schema: Any) -> Any:
@@ -211,7 +297,7 @@ def clean_schema(schema: Any) -> Any:
             # `properties` may have a property that is called "default" or "type".
             kept[key] = (
                 {
-                    name: clean_schema(item)
+                    name: clean_schema(schema_of_property(item))
                     for name, item in value.items()
                     if item is not None and not is_hollow(item)
                 }
@@ -236,6 +322,9 @@ def type_of_name(name: str) -> Row:
     bare = re.sub(r",\s*optional.*$", "", name.strip())
     if match := re.fullmatch(r"(?:typing\.)?Optional\[(.+)\]", bare):
         return type_of_name(match[1])
+    union = r"(?:typing\.)?Union\[([^,]+),\s*None\]|([^|]+)\|\s*None"
+    if match := re.fullmatch(union, bare):
+        return type_of_name(match[1] or match[2])
     if match := re.fullmatch(r"(?:typing\.)?(\w+)\[(.+)\]", bare):
         kind = PYTHON_TYPES.get(match[1].lower())
         if kind == "array" and "," not in match[2]:

@@ -76,6 +76,19 @@ def parse_json(value: Any) -> Any:
     return value
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+    """An object's keys and values. Raises ValueError for a key that appears twice.
+
+    json would keep the last of them without a word, and so lose what a user wrote.
+    """
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} appears twice in one object")
+    return row
+
+
 def python_literal(text: str) -> Any:
     """The list or object that Python has printed with single quotes, or the text as it is."""
     if not PRINTED_BY_PYTHON.match(text):
