@@ -167,6 +167,7 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"id": "1", "function": CALL}]), CALLED),
     (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"function": CALL | {"arguments": {}}}]), "refused: messages[1] has calls in its `content` and different ones beside it"),
     (saying(None, function_call=CALL, tool_calls=[{"function": CALL | {"arguments": '{"city": "Oslo"}'}}]), CALLED),
+    (saying(None, function_call={"name": "get_weather", "arguments": WITH_NULL}, tool_calls=[CALL]), CALLED),
     (saying(None, function_call=CALL, tool_calls=[{"function": {"name": "f"}}]), "refused: messages[1] has a `function_call` and different `tool_calls`"),
     (chat(HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Oslo"}}], "tool_calls": [{"id": "1", "function": CALL}]}, COLD, YES), CALLED + RESULT),
     # ShareGPT's function_call, harmony's preamble and recipient.
