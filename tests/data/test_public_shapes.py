@@ -290,7 +290,7 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
         *((saying(text), 'messages[1] has `{"name": "f", ...` in its text: left') for text in [
-            '[{"name": "f", "arguments": {"a": 1}}]', '{"tool_calls": [{"name": "f", "arguments": {}}]}',
+            '[{"name": "f", "arguments": {"a": 1}}]', "[{'name': 'f', 'arguments': {}}]", '{"tool_calls": [{"name": "f", "arguments": {}}]}',
             '{"name": "f", "arguments": {}, "id": "1"}', '{"function": "f", "arguments": {}}',
             '{"type": "function", "function": {"name": "f", "arguments": "{}"}}', '```json\n{"name": "f", "arguments": {}}\n```']),
         (saying('[Market Trends API(trend_type="X", country="us")]'), "messages[1] has `[Market Trends API(` in its text"),
