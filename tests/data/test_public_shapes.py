@@ -167,6 +167,7 @@ EXPECTED: list[tuple[dict[str, Any], str]] = [
     (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"id": "1", "function": CALL}]), CALLED),
     (saying(f"<tool_call>{json.dumps(CALL)}</tool_call>", tool_calls=[{"function": CALL | {"arguments": {}}}]), "refused: messages[1] has calls in its `content` and different ones beside it"),
     (saying(None, function_call=CALL, tool_calls=[{"function": CALL | {"arguments": '{"city": "Oslo"}'}}]), CALLED),
+    (saying(None, function_call={"name": "get_weather", "arguments": WITH_NULL}, tool_calls=[CALL]), CALLED),
     (saying(None, function_call=CALL, tool_calls=[{"function": {"name": "f"}}]), "refused: messages[1] has a `function_call` and different `tool_calls`"),
     (chat(HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "get_weather", "input": {"city": "Oslo"}}], "tool_calls": [{"id": "1", "function": CALL}]}, COLD, YES), CALLED + RESULT),
     # ShareGPT's function_call, harmony's preamble and recipient.
@@ -289,7 +290,7 @@ def test_pythons_and_googles_names_of_types_are_json_schemas(
         (saying('{"name": "f", "parameters": {}}'), 'messages[1] has `{"name": "f", ...` in its'),
         (saying("<function=f>{}</function>"), "messages[1] has `<function=f` in its text"),
         *((saying(text), 'messages[1] has `{"name": "f", ...` in its text: left') for text in [
-            '[{"name": "f", "arguments": {"a": 1}}]', '{"tool_calls": [{"name": "f", "arguments": {}}]}',
+            '[{"name": "f", "arguments": {"a": 1}}]', "[{'name': 'f', 'arguments': {}}]", '{"tool_calls": [{"name": "f", "arguments": {}}]}',
             '{"name": "f", "arguments": {}, "id": "1"}', '{"function": "f", "arguments": {}}',
             '{"type": "function", "function": {"name": "f", "arguments": "{}"}}', '```json\n{"name": "f", "arguments": {}}\n```']),
         (saying('[Market Trends API(trend_type="X", country="us")]'), "messages[1] has `[Market Trends API(` in its text"),

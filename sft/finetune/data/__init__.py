@@ -14,6 +14,7 @@ conversations.read_row        a row of any known shape turned into one shape, an
 shapes                        which columns make which shape, and the messages in them
 messages, content             a message of any known form, and its text or parts
 assistant, markup             what the assistant writes; thinking and calls spelt out in text
+bare_calls                    what looks like a call in a text, and is none
 tools, calls, results         functions, their calls, and which call a result answers
 loss_keys                     the keys that say whether a message is trained on
 turns                         who speaks after whom

@@ -14,6 +14,7 @@ from finetune.data.values import (
     parse_json,
     type_in_words,
     value_of,
+    without_nulls,
 )
 
 ARGUMENTS = ("arguments", "parameters", "args", "input")
@@ -48,7 +49,8 @@ def meaning_of(call: Any) -> tuple[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             arguments = arguments.strip()
-    return str(function.get("name")).strip().removeprefix("functions."), arguments or {}
+    name = str(function.get("name")).strip().removeprefix("functions.")
+    return name, without_nulls(arguments or {})  # of which an exporter may have added some to one
 
 
 def read_call(

@@ -8,6 +8,7 @@ marked. `where` is the place of the message in the row.
 from typing import Any
 
 from finetune.data.assistant import NESTED_THINKING, THINKING_KEYS, assistant_parts, turns_of
+from finetune.data.bare_calls import call_in_text
 from finetune.data.calls import ARGUMENTS
 from finetune.data.content import (
     CONTENT_KEYS,
@@ -23,12 +24,7 @@ from finetune.data.loss_keys import (
     is_in_loss,
     note_prompt_in_loss,
 )
-from finetune.data.markup import (
-    call_in_text,
-    foreign_tag,
-    later_thinking,
-    opening_of_template,
-)
+from finetune.data.markup import foreign_tag, later_thinking, opening_of_template
 from finetune.data.results import RESULT_KEYS, result_in_part, results_in_text, tool_turns
 from finetune.data.shapes import ROLE_KEYS, ROLES, THINKING_FIELDS, Place, standard_role
 from finetune.data.values import Row, is_absent, is_nothing, is_unicode, value_of
