@@ -44,7 +44,7 @@ CALLING = {"role": "assistant", "content": None, "tool_calls": [CALL]}
         ({"messages": [USER, ASSISTANT], "reasoning_effort": "most"}, "not one of low, medium, high"),
         ({"messages": [{**USER, "content": "\ud800"}, ASSISTANT]}, "half a surrogate pair"),
         ({"conversations": [{"from": "human", "value": 7}]}, "conversations[0] has the number 7"),
-        ({"instruction": 7, "output": "4"}, "instruction has the number 7"),
+        ({"instruction": True, "output": "4"}, "instruction has true or false"),
         ({"instruction": "2+2?", "output": " "}, "output has empty `content`"),
         ({"prompt": "2+2?", "completion": True}, "completion has true or false"),
         ({"text": 7}, "`text` is the number 7"),

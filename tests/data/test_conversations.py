@@ -264,7 +264,7 @@ def answered(text: str) -> str:
         *(({"prompt": "Hi", "response": "Yes.", "reasoning": flag}, ANSWERED) for flag in ("on", "off", "N/A", True)),
         # Text that is nothing elsewhere.
         *(({"instruction": "Hi", "input": text, "output": "Yes."}, ANSWERED.replace("Hi", f"Hi\n\n{text}")) for text in ("[]", "{}", "null", "None")),
-        *(({"instruction": "Hi", "context": value, "response": "Yes."}, ANSWERED) for value in ("nan", [], {}, " ")),
+        *(({"instruction": "Hi", "context": value, "response": "Yes."}, ANSWERED) for value in ("nan", [], dict[str, Any](), " ")),
         # Instructions.
         ({"messages": [HI, YES], "system": "S", "developer": "D"}, "refused: `system` and `developer` hold different instructions: keep one of them"),
         ({"messages": [HI, YES], "system": "S", "developer": "S"}, instructed("S") + ANSWERED),

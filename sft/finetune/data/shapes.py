@@ -23,8 +23,8 @@ THINKING_FIELDS = ("thinking", "reasoning_content", "reasoning")
 # Other names that a message may have for it, where those are taken (assistant.THINKING_KEYS).
 SPARE_THOUGHTS = ("analysis", "thought", "thoughts", "think")
 # What stands in a column of thinking and is none, in lower case.
-FLAGS = ("on", "off", "true", "false", "yes", "no", "0", "1", "enabled", "disabled")
-FLAGS += ("none", "null", "nan", "n/a", "na", "-")
+FLAGS = {"on", "off", "true", "false", "yes", "no", "0", "1", "enabled", "disabled"}
+FLAGS |= {"none", "null", "nan", "n/a", "na", "-"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 ROLE_NAMES = {
