@@ -81,7 +81,8 @@ FOREIGN = re.compile(
     r"<\|[a-zA-Z_/][\w/-]{1,40}\|>|</?(?:seed:)?think(?:ing)?>|◁/?think▷|\[/?INST\]"
     r"|</?(?:start|end)_of_turn>|<function=\w|</?tool_(?:call|code|response)>"
     r"|<｜[^｜\n]{1,40}｜>|</?function_calls>|<invoke name=|</?minimax:\w+>|</?tool_use>"
-    r"|functools\[\{|\A\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|^Action Input:|<\|channel>|<SPECIAL_\d+>|<extra_id_\d+>"
+    r"|functools\[\{|\A\[\w+(?:\.\w+)*\([^\n]*\)\]\s*\Z|^Action Input:|<\|channel>|<SPECIAL_\d+>"
+    r"|<extra_id_\d+>"
     r"|\A\s*<(?:analysis|reason|reflection|plan)>|\A<s>"
     r"|\A ?analysis(?=[\s\S]*assistantfinal)|</s>\s*\Z",
     re.IGNORECASE | re.MULTILINE,

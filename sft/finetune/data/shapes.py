@@ -226,9 +226,12 @@ def json_of_value(value: Any) -> Any:
 
 
 def text_or_parts(value: Any) -> Any:
-    """A question as text: a number, an object and a list are written as JSON, typed parts stay."""
+    """A question as text: a number, an object and a list are written as JSON.
+
+    Typed parts stay, and so does what has a role that nobody knows, which read_message refuses.
+    """
     items = value if isinstance(value, list) else [value]
-    is_typed = any(isinstance(item, dict) and "type" in item for item in items)
+    is_typed = any(isinstance(item, dict) and item.keys() & {"type", *ROLE_KEYS} for item in items)
     if is_typed or isinstance(value, bool) or is_nothing(value):
         return value
     return json_of_value(value)
