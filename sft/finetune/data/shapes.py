@@ -287,8 +287,8 @@ def single_exchange(
 def with_more(row: Row, question: str, more: str | None) -> Any:
     """The question with the text of another column behind it, if there is one."""
     asked, rest = row[question], json_of_value(row.get(more)) if more else None
-    if is_absent(rest):
-        return asked
+    if is_absent(rest) or (not isinstance(asked, str) and are_messages(asked)):
+        return asked  # messages beside such a column are refused by check_texts
     if is_absent(asked):
         return rest
     asked = text_or_parts(asked)
