@@ -59,7 +59,7 @@ def calling(arguments: object) -> dict[str, Any]:
         (calling("7"), "has `arguments` that are the number 7, not an object: '7'"),
         (calling("city"), "has `arguments` that are not JSON: 'city'"),
         ({"conversations": [{"from": "human", "value": 7}]}, "conversations[0] has the number 7"),
-        ({"instruction": 7, "output": "4"}, "instruction has the number 7"),
+        ({"instruction": True, "output": "4"}, "instruction has true or false"),
         ({"instruction": "2+2?", "output": " "}, "output has empty `content`"),
         ({"prompt": "2+2?", "completion": True}, "completion has true or false"),
         ({"text": 7}, "`text` is the number 7"),

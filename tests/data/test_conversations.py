@@ -253,6 +253,7 @@ def answered(text: str) -> str:
         ({"prompt": 5, "response": "Yes."}, ANSWERED.replace("Hi", "5")),
         ({"prompt": {"a": [1]}, "completion": "Yes."}, ANSWERED.replace("Hi", '{"a": [1]}')),
         ({"prompt": [{"type": "text", "text": "Hi"}], "completion": "Yes."}, ANSWERED),
+        ({"prompt": [{"role": "narrator", "content": "Hi"}], "completion": "Yes."}, "refused: prompt has a part with `role` as `content`, not text"),
         ({"prompt": True, "completion": "Yes."}, "refused: prompt has true or false as `content`, not text"),
         # Thinking in a column.
         ({"prompt": "Hi", "completion": [YES], "thinking": "T"}, THOUGHT),
@@ -264,7 +265,9 @@ def answered(text: str) -> str:
         *(({"prompt": "Hi", "response": "Yes.", "reasoning": flag}, ANSWERED) for flag in ("on", "off", "N/A", True)),
         # Text that is nothing elsewhere.
         *(({"instruction": "Hi", "input": text, "output": "Yes."}, ANSWERED.replace("Hi", f"Hi\n\n{text}")) for text in ("[]", "{}", "null", "None")),
-        *(({"instruction": "Hi", "context": value, "response": "Yes."}, ANSWERED) for value in ("nan", [], {}, " ")),
+        ({"instruction": "Hi", "context": "nan", "response": "Yes."}, ANSWERED),
+        ({"instruction": "Hi", "context": [], "response": "Yes."}, ANSWERED),
+        ({"instruction": "Hi", "context": {}, "response": "Yes."}, ANSWERED),
         # Instructions.
         ({"messages": [HI, YES], "system": "S", "developer": "D"}, "refused: `system` and `developer` hold different instructions: keep one of them"),
         ({"messages": [HI, YES], "system": "S", "developer": "S"}, instructed("S") + ANSWERED),

@@ -131,7 +131,7 @@ plain_tools = st.lists(
         }
     ),
     max_size=2,
-    unique_by=lambda tool: tool["name"],  # two of one name are a problem of the row
+    unique_by=lambda tool: str(tool["name"]),  # two of one name are a problem of the row
 )
 
 

@@ -51,9 +51,9 @@ from finetune.data.values import (
 __all__ = ["SHAPES", "BadRow", "read_row", "shape_of", "to_conversation"]
 
 EFFORTS = ("low", "medium", "high")
-MESSAGE_SHAPES = ("messages", "ShareGPT conversations", "conversation", "Gemini contents")
-MESSAGE_SHAPES += ("Glaive chat",)
-JSON_SHAPES = (*MESSAGE_SHAPES, "query, tools and answers", "UltraChat data")
+MESSAGE_SHAPES = {"messages", "ShareGPT conversations", "conversation", "Gemini contents"}
+MESSAGE_SHAPES |= {"Glaive chat"}
+JSON_SHAPES = MESSAGE_SHAPES | {"query, tools and answers", "UltraChat data"}
 PAIR = "it is a pair of answers (`chosen`, `rejected`): make the one to learn `completion`"
 NO_CALLS = "`answers` holds no calls, as xLAM's does: a text to learn is called `response`"
 # Whether an answer is to be learnt, in KTO's data of LLaMA-Factory and others.

@@ -23,8 +23,8 @@ THINKING_FIELDS = ("thinking", "reasoning_content", "reasoning")
 # Other names that a message may have for it, where those are taken (assistant.THINKING_KEYS).
 SPARE_THOUGHTS = ("analysis", "thought", "thoughts", "think")
 # What stands in a column of thinking and is none, in lower case.
-FLAGS = ("on", "off", "true", "false", "yes", "no", "0", "1", "enabled", "disabled")
-FLAGS += ("none", "null", "nan", "n/a", "na", "-")
+FLAGS = {"on", "off", "true", "false", "yes", "no", "0", "1", "enabled", "disabled"}
+FLAGS |= {"none", "null", "nan", "n/a", "na", "-"}
 ROLES = ("system", "developer", "user", "assistant", "tool")
 ROLE_KEYS = ("role", "from", "speaker", "sender")
 ROLE_NAMES = {
@@ -226,9 +226,12 @@ def json_of_value(value: Any) -> Any:
 
 
 def text_or_parts(value: Any) -> Any:
-    """A question as text: a number, an object and a list are written as JSON, typed parts stay."""
+    """A question as text: a number, an object and a list are written as JSON.
+
+    Typed parts stay, and so does what has a role that nobody knows, which read_message refuses.
+    """
     items = value if isinstance(value, list) else [value]
-    is_typed = any(isinstance(item, dict) and "type" in item for item in items)
+    is_typed = any(isinstance(item, dict) and item.keys() & {"type", *ROLE_KEYS} for item in items)
     if is_typed or isinstance(value, bool) or is_nothing(value):
         return value
     return json_of_value(value)
@@ -284,8 +287,8 @@ def single_exchange(
 def with_more(row: Row, question: str, more: str | None) -> Any:
     """The question with the text of another column behind it, if there is one."""
     asked, rest = row[question], json_of_value(row.get(more)) if more else None
-    if is_absent(rest):
-        return asked
+    if is_absent(rest) or (not isinstance(asked, str) and are_messages(asked)):
+        return asked  # messages beside such a column are refused by check_texts
     if is_absent(asked):
         return rest
     asked = text_or_parts(asked)
