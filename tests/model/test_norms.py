@@ -18,18 +18,18 @@ GPU = pytest.param(
 def norm_of(x: torch.Tensor, *, dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
     """The output under autocast, and the gradients of x and of a weight of this dtype."""
     torch.manual_seed(0)
-    model = torch.nn.ModuleList([GptOssRMSNorm(x.shape[-1], eps=1e-5)]).to(x.device, dtype)
-    torch.nn.init.normal_(model[0].weight)
+    norm = GptOssRMSNorm(x.shape[-1], eps=1e-5).to(x.device, dtype)
+    torch.nn.init.normal_(norm.weight)
     if fused:
-        use_fused_norms(model)
-        assert type(model[0]) is FusedRMSNorm
+        use_fused_norms(torch.nn.ModuleList([norm]))
+        assert type(norm) is FusedRMSNorm
     x = x.clone().requires_grad_()
     with torch.autocast(x.device.type, torch.bfloat16):
-        y = model[0](x)
+        y = norm(x)
     assert y.dtype is x.dtype
     y.backward(torch.linspace(-1, 1, y.numel(), device=x.device).view_as(y).to(y.dtype))
-    assert x.grad is not None and model[0].weight.grad is not None
-    return [y.detach(), x.grad, model[0].weight.grad]
+    assert x.grad is not None and norm.weight.grad is not None
+    return [y.detach(), x.grad, norm.weight.grad]
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

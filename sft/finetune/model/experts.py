@@ -128,8 +128,7 @@ def grouped_linear(
     # The weight comes last. It saves nothing that depends on the layer's input, so a checkpointed
     # layer is not computed again beyond what LoRA saves (expert_ops.Combine).
     a, b, scaling = factors
-    has_lora = a is not None and b is not None
-    lora = grouped_lora(x_lora, offsets, a, b, scaling) if has_lora else None
+    lora = None if a is None or b is None else grouped_lora(x_lora, offsets, a, b, scaling)
     if isinstance(weight, Mxfp4Weight):
         return PackedGroupedMM.apply(x, weight.blocks, weight.scales, offsets), lora
     return grouped_mm(x, weight, offs=offsets), lora
