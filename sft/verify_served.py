@@ -68,7 +68,7 @@ from finetune.export.served_reference import (
     read_reference,
 )
 from finetune.export.served_template import template_problem
-from finetune.export.served_verdict import WRONG, Verdict, align, judge, places_of_base
+from finetune.export.served_verdict import Verdict, judge_places
 from finetune.export.source import find_run_weights
 from finetune.model.loading import load_tokenizer
 from finetune.summary import print_summary
@@ -87,17 +87,7 @@ def verify(url: str, run_dir: Path, args: VerifyArguments) -> Verdict:
     merged, _ = open_merged(run_weights, base)
     reference = load_reference(run_dir, merged, args)
     served = ask(client, reference.places, tokenizer)
-    verdict = judge(align(reference.places, served), max_error=args.max_error)
-    num_of_base = places_of_base(reference.places, served)
-    if num_of_base > 1 and verdict.text not in WRONG.values():
-        text = (
-            f"the base answers at {num_of_base} of {len(served)} places: one of several replicas?"
-        )
-        verdict = Verdict(False, text, verdict.rows)
-    num_answered = sum(map(bool, served))
-    if verdict.ok and 4 * num_answered < len(served):
-        text = f"cannot be told: the server answers at {num_answered} of {len(served)} places"
-        verdict = Verdict(None, text, verdict.rows)
+    verdict = judge_places(reference.places, served, max_error=args.max_error)
     problem = template_problem(client, tokenizer)
     if problem is not None and verdict.ok:
         verdict = Verdict(False, problem, verdict.rows)

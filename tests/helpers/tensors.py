@@ -1,9 +1,19 @@
-"""Tensors read from a folder, and compared by the norm of their difference."""
+"""Tensors read from a folder, and compared by the norm of their difference, on CPU or GPU."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
+
+# A test's parameter beside "cpu".
+GPU = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    ],
+)
 
 
 def load_shards(folder: Path) -> dict[str, torch.Tensor]:

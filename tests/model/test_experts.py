@@ -22,7 +22,7 @@ from finetune.model.experts import (
     register_experts,
     use_grouped_lora,
 )
-from helpers.tensors import assert_same
+from helpers.tensors import GPU, assert_same
 
 HIDDEN, INTERMEDIATE, NUM_EXPERTS, TOP_K = 64, 96, 8, 4
 
@@ -87,15 +87,6 @@ def test_lora_equals_pefts_own_path(shape: tuple[int, int]) -> None:
     assert sum("lora_" in name for name in actual) == 4
     assert not any(name.endswith(("gate_up_proj", "down_proj")) for name in actual)
     assert_same(actual, expected, tolerance=1e-5)
-
-
-GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    ],
-)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

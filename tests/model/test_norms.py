@@ -5,14 +5,7 @@ import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from finetune.model.norms import FusedRMSNorm, use_fused_norms
-
-GPU = pytest.param(
-    "cuda",
-    marks=[
-        pytest.mark.gpu,
-        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
-    ],
-)
+from helpers.tensors import GPU
 
 
 def norm_of(x: torch.Tensor, *, dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:

@@ -67,7 +67,7 @@ class Client:
         """Turn what an answer of another form makes Python raise into a line that shows it."""
         try:
             yield
-        except (KeyError, TypeError, ValueError, AttributeError, LookupError, OverflowError):
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError):
             raise UserError(
                 f"{self.shown_url}{path} does not answer as OpenAI's API does: {str(answer)[:200]}"
             ) from None

@@ -16,6 +16,7 @@ from finetune.export.served_reference import Place
 CLOSE = 0.25
 MIN_EFFECT = 0.01  # nats; where training changed less, an engine's rounding hides it
 MIN_VALUES = 40  # of log-probabilities compared; fewer say nothing
+MIN_ANSWERED = 0.25  # of the places; the rest may be longer than the server's context
 MIN_VALUES_OF_PLACE, MIN_EFFECT_OF_PLACE = 5, 0.1  # of a place that is judged by itself
 WRONG = {
     "base": "the base answers: what was trained is not applied",
@@ -56,6 +57,23 @@ def align(places: list[Place], served: list[dict[int, float]]) -> Compared:
                     values.append(place.log_probs[name][index])
     tensors = {name: torch.tensor(v, dtype=torch.float64) for name, v in models.items()}
     return Compared(torch.tensor(server, dtype=torch.float64), tensors)
+
+
+def judge_places(
+    places: list[Place], served: list[dict[int, float]], *, max_error: float | None
+) -> Verdict:
+    """As judge, of all places together; then by how many the base answers, or nobody."""
+    verdict = judge(align(places, served), max_error=max_error)
+    num_of_base, num_answered = places_of_base(places, served), sum(map(bool, served))
+    if num_of_base > 1 and verdict.text not in WRONG.values():
+        text = (
+            f"the base answers at {num_of_base} of {len(places)} places: one of several replicas?"
+        )
+        return Verdict(False, text, verdict.rows)
+    if verdict.ok and num_answered < MIN_ANSWERED * len(places):
+        text = f"cannot be told: the server answers at {num_answered} of {len(places)} places"
+        return Verdict(None, text, verdict.rows)
+    return verdict
 
 
 def places_of_base(places: list[Place], served: list[dict[int, float]]) -> int:
