@@ -3,6 +3,7 @@
     python sft/roofline.py gpt-oss-*.yaml                       as the task files have it
     python sft/roofline.py --gpu H200 gpt-oss-120b-lora.yaml
     python sft/roofline.py --global_batch_size 32 gpt-oss-20b-sft.yaml
+    python sft/roofline.py --unpacks_in_product true gpt-oss-120b-lora.yaml
 
 The operations of a microbatch's forward and backward are run without any values and counted one by
 one (finetune/benchmark/op_count.py). Each takes at least its FLOPs over 800 TFLOP/s of H100's 989,
@@ -36,6 +37,13 @@ class RooflineArguments:
     global_batch_size: int | None = field(
         default=None, metadata={"help": "Rows of a step, on all GPUs together."}
     )
+    unpacks_in_product: bool = field(
+        default=False,
+        metadata={
+            "help": "Count experts in MXFP4 as unpacked on their way into the products, which "
+            "training chooses where it proves right and faster."
+        },
+    )
 
 
 def command_line() -> CommandLine:
@@ -64,10 +72,12 @@ def count_file(path: Path, args: RooflineArguments) -> Step:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} must be at least 1")
-    flags = {name: value for name, value in vars(args).items() if name != "gpu"}
+    ours = ("gpu", "unpacks_in_product")
+    flags = {name: value for name, value in vars(args).items() if name not in ours}
     changes = [f"--{name}={value}" for name, value in flags.items() if value is not None]
     config = parse_task(task, *changes)
-    return count_step(task, config, gpu=gpu_named(args.gpu or task.accelerator))
+    gpu = gpu_named(args.gpu or task.accelerator)
+    return count_step(task, config, gpu=gpu, unpacks_in_product=args.unpacks_in_product)
 
 
 def rows_of(steps: list[Step]) -> dict[str, list[str]]:

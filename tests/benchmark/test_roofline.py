@@ -9,7 +9,7 @@ import pytest
 from trl import ModelConfig
 
 from finetune.benchmark.fake_model import UNPACKING_PART
-from finetune.benchmark.op_count import GROUPED_PART
+from finetune.benchmark.op_count import GROUPED_PART, Cost
 from finetune.benchmark.step import MOVING, Step
 from finetune.benchmark.synthetic import make_config
 from finetune.benchmark.traffic import Parameters, bytes_between_gpus, count_parameters
@@ -72,6 +72,23 @@ def test_a_step_agrees_with_the_published_numbers_of_parameters(steps: dict[str,
     unpacked = (3 * 2 + 2) * 24 * 32 * 2880 * 2880 * (17 / 32 + 2)
     assert lora.parts[UNPACKING_PART].bytes == pytest.approx(unpacked, rel=1e-6)
     assert lora.seconds_of(UNPACKING_PART) == pytest.approx(unpacked / 3.35e12, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_within_the_product_120b_is_not_bound_by_unpacking(steps: dict[str, Step]) -> None:
+    (path,) = (path for path in TASK_FILES if path.stem == "gpt-oss-120b-lora")
+    step = count_file(path, RooflineArguments(unpacks_in_product=True))
+    before = steps[path.stem].parts[GROUPED_PART]
+    assert step.parts[UNPACKING_PART] == Cost()
+    assert step.parts[GROUPED_PART].flops == pytest.approx(before.flops, rel=1e-6)
+    # Each weight is read as 17/32 of a byte, gate_up's three times and down's twice. The rows that
+    # go in and come out are the same.
+    weights = 36 * 128 * 2880 * 2880
+    rows = before.bytes - (3 * 2 + 2) * weights * 2
+    packed = (3 * 2 + 2) * weights * 17 / 32
+    assert step.parts[GROUPED_PART].bytes == pytest.approx(packed + rows, rel=1e-3)
+    assert step.microbatch.waits == 2  # without those for the rows of each chunk of experts
+    assert step.tokens_per_sec == pytest.approx(15_737, rel=0.01)
 
 
 @pytest.mark.parametrize("place", PLACES)

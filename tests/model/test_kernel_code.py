@@ -1,4 +1,4 @@
-"""Our kernels, compiled for Hopper and Blackwell, are bound by memory and spill nothing."""
+"""Our kernels, compiled for Hopper and Blackwell, are bound by memory or by tensor cores."""
 
 import pytest
 
@@ -7,10 +7,12 @@ from helpers.kernel_code import (
     BYTES_PER_SECOND,
     INSTRUCTIONS_PER_SECOND,
     KERNELS,
+    PRODUCTS,
     WARP,
     Kernel,
     compile_kernel,
     machine_code,
+    product_row,
     table_row,
 )
 from helpers.paths import REPO
@@ -39,3 +41,29 @@ def test_it_flushes_no_subnormal_number_to_zero(kernel: Kernel) -> None:
     ptx = compile_kernel(kernel, 90).asm["ptx"]
     assert "mul.f32" in ptx or "add.f32" in ptx
     assert "mul.ftz" not in ptx and "add.ftz" not in ptx
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_weights_are_unpacked_while_hoppers_tensor_cores_multiply(
+    product: Kernel, architecture: int
+) -> None:
+    """On Hopper its instructions take less time than its products, on Blackwell they bound it."""
+    code = machine_code(product, architecture)
+    assert code.share_of_tensor_time(product, architecture) < (1 if architecture == 90 else 2)
+    # One program unpacks while another multiplies: two have room on a multiprocessor.
+    assert code.stack_bytes == 0 and 2 * code.registers * product.num_threads <= 65_536
+    assert 2 * code.shared_bytes <= 227 * 1024
+    # Rows and packed bytes are copied in the background, two bf16 numbers are scaled at once, and
+    # the products are those of tensor cores.
+    assert "LDGSTS.E.BYPASS.128" in code.instructions
+    assert "HMUL2.BF16_V2" in code.instructions
+    products = {90: "HGMMA", 100: "UTCHMMA"}
+    assert any(name.startswith(products[architecture]) for name in code.instructions)
+    assert product_row(product, architecture) in (REPO / "docs/benchmarks.md").read_text()
+
+
+@pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.name)
+def test_a_product_flushes_no_subnormal_weight_to_zero(product: Kernel) -> None:
+    ptx = compile_kernel(product, 90).asm["ptx"]
+    assert "mul.bf16x2" in ptx and "ftz" not in ptx

@@ -29,6 +29,7 @@ from finetune.model.weights import restore_buffers
 ATTENTION = "counted"  # the name of counted_attention in a model's config
 # The parts of a step that kernels of our own and of libraries are counted under.
 EXPERTS_PART, UNPACKING_PART = "experts' element-wise kernels", "unpacking MXFP4"
+GROUPED_PART = "grouped GEMMs of the base"
 ATTENTION_PART, NORM_PART, HEAD_PART = "attention", "RMSNorm", "dense GEMMs and head"
 
 
@@ -77,6 +78,24 @@ def flash_forward_flops(q: torch.Tensor, *others: Any) -> float:
 def flash_backward_flops(grad: torch.Tensor, *others: Any) -> float:
     """Five products: the scores again, and the gradients of v, of the scores, of q and of k."""
     return 10 * grad.numel() * others[-1]
+
+
+def packed_product(
+    x: torch.Tensor,
+    blocks: torch.Tensor,
+    scales: torch.Tensor,
+    offsets: torch.Tensor,
+    *,
+    transpose: bool,
+) -> torch.Tensor:
+    """x (S, in or out) with experts that are unpacked within the product: (S, out or in)."""
+    _, out, groups = scales.shape
+    return x.new_empty(len(x), out if transpose else groups * BLOCK_SIZE)
+
+
+def packed_product_flops(x: torch.Tensor, blocks: torch.Tensor, *others: Any) -> float:
+    """2 FLOPs for each weight that a row meets: a byte of one expert's blocks holds two."""
+    return 2 * len(x) * 2 * blocks[0].numel()
 
 
 class FlashAttention(torch.autograd.Function):
@@ -152,8 +171,10 @@ def register_attention() -> None:
 
 
 @contextmanager
-def as_on_a_gpu(counter: Counter) -> Iterator[None]:
+def as_on_a_gpu(counter: Counter, *, unpacks_in_product: bool = False) -> Iterator[None]:
     """Let the code that runs as kernels on a GPU count as those kernels.
+
+    unpacks_in_product: what unpacking_probe.py has chosen.
 
     The functions are replaced by unittest.mock.patch for the time of a count, because what is
     counted must be the code of training itself, which has no hooks for counting. patch raises
@@ -186,6 +207,10 @@ def as_on_a_gpu(counter: Counter) -> Iterator[None]:
         ),
         "finetune.model.mxfp4.unpack": as_kernel(unpack, part=UNPACKING_PART),
         "finetune.model.mxfp4.bounds": bounds,
+        "finetune.model.mxfp4.unpacks_in_product": unpacks_in_product,
+        "finetune.model.mxfp4.fused_unpacking.packed_grouped_mm": as_kernel(
+            packed_product, part=GROUPED_PART, flops=packed_product_flops
+        ),
         "trl.kernels.chunked_logprob._forward_tile": as_kernel(forward_tile, part=HEAD_PART),
         "trl.kernels.chunked_logprob._backward_tile": as_kernel(backward_tile, part=HEAD_PART),
         "trl.kernels.chunked_logprob._addmm_fp32": addmm_fp32,

@@ -34,6 +34,7 @@ from trl import ModelConfig
 from finetune.benchmark.fake_model import (
     ATTENTION_PART,
     EXPERTS_PART,
+    GROUPED_PART,
     HEAD_PART,
     NORM_PART,
     UNPACKING_PART,
@@ -50,7 +51,7 @@ from finetune.benchmark.gpus import Gpu  # which registers the formula of groupe
 from finetune.model.mxfp4 import Mxfp4Weight
 
 aten = torch.ops.aten
-GROUPED_PART, LORA_PART = "grouped GEMMs of the base", "LoRA's thin GEMMs"
+LORA_PART = "LoRA's thin GEMMs"
 ELEMENTWISE_PART = "eager element-wise: rotary, casts, sums"
 PARTS = (
     GROUPED_PART,
@@ -187,11 +188,13 @@ def count_microbatch(
     packed: bool,
     context: float,
     activation_checkpointing: bool = True,
+    unpacks_in_product: bool = False,
 ) -> dict[str, Cost]:
     """The costs of a microbatch's forward and backward on one GPU, by part.
 
     packed: the experts are in MXFP4. context: the mean length of a conversation in tokens.
-    Counted at few layers and scaled to all.
+    unpacks_in_product: whether experts are unpacked within a product or before it. Counted at few
+    layers and scaled to all.
     """
     counted = []
     for few in few_layers(config):
@@ -201,19 +204,32 @@ def count_microbatch(
         # grouped_linear pads the rank to a multiple of 8.
         rank = -(-lora.lora_r // 8) * 8 if lora.use_peft else None
         counted.append(
-            count_model(model, gpu, ids=(batch_size, max_length), rank=rank, packed=packed)
+            count_model(
+                model,
+                gpu,
+                ids=(batch_size, max_length),
+                rank=rank,
+                packed=packed,
+                unpacks_in_product=unpacks_in_product,
+            )
         )
     return at_all_layers(counted, config)
 
 
 def count_model(
-    model: Any, gpu: Gpu, *, ids: tuple[int, int], rank: int | None, packed: bool
+    model: Any,
+    gpu: Gpu,
+    *,
+    ids: tuple[int, int],
+    rank: int | None,
+    packed: bool,
+    unpacks_in_product: bool = False,
 ) -> dict[str, Cost]:
     """As count_microbatch, of a model on the meta device as it is. ids: of a batch, (B, T)."""
     with FakeTensorMode():
         to_fake(model, packed=packed)
         tokens = torch.zeros(ids, dtype=torch.long)
         counted = OpCount(gpu, rank=rank)
-        with counted, as_on_a_gpu(counted):
+        with counted, as_on_a_gpu(counted, unpacks_in_product=unpacks_in_product):
             forward_and_backward(model, tokens)
     return counted.parts

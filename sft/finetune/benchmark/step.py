@@ -83,16 +83,23 @@ class Step:
         return max(self.parts, key=self.seconds_of)
 
 
-def count_step(task: TaskFile, config: Config, *, gpu: Gpu | None = None) -> Step:
+def count_step(
+    task: TaskFile, config: Config, *, gpu: Gpu | None = None, unpacks_in_product: bool = False
+) -> Step:
     """The step of a task with the flags of config, on its own GPU or another one.
+
+    unpacks_in_product: how a base in MXFP4 is unpacked, which training chooses at its start.
 
     Raises UserError if the length of a row or the speed of the GPU is not known. Takes seconds.
     """
     gpu = gpu or gpu_named(task.accelerator)
-    return step_of(task, config, gpu, count_parts(task, config, gpu))
+    parts = count_parts(task, config, gpu, unpacks_in_product=unpacks_in_product)
+    return step_of(task, config, gpu, parts)
 
 
-def count_parts(task: TaskFile, config: Config, gpu: Gpu) -> dict[str, Cost]:
+def count_parts(
+    task: TaskFile, config: Config, gpu: Gpu, *, unpacks_in_product: bool = False
+) -> dict[str, Cost]:
     """What a microbatch costs, by part; the same on any number of these GPUs. Takes seconds.
 
     Raises UserError if the length of a row is not known.
@@ -109,6 +116,7 @@ def count_parts(task: TaskFile, config: Config, gpu: Gpu) -> dict[str, Cost]:
         packed=not config.run.dequantize,
         context=min(MEAN_LENGTH, training.max_length),
         activation_checkpointing=training.activation_checkpointing,
+        unpacks_in_product=unpacks_in_product,
     )
 
 

@@ -12,10 +12,12 @@ from finetune.benchmark.options import BenchArguments
 from finetune.benchmark.synthetic import conversations, make_config, make_model, make_tokenizer
 from finetune.benchmark.variants import Setup
 from finetune.checkpoint.saver import Saver
+from finetune.model import mxfp4
 from finetune.model.attention import choose_attention, isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
 from finetune.model.lora import leave_casts_to_autocast, lora_config
 from finetune.model.norms import use_fused_norms
+from finetune.model.unpacking_probe import choose_unpacking
 from finetune.preemption import PreemptionNotice
 from finetune.training.trainer import ResumableSFTTrainer, configure_gradients
 
@@ -55,7 +57,13 @@ def path_model(args: BenchArguments, setup: Setup) -> GptOssForCausalLM:
     config._attn_implementation = setup.attn_implementation or choose_attention()
     register_experts()
     config._experts_implementation = setup.experts_implementation or EXPERTS_IMPLEMENTATION
-    model = make_model(config, packed=args.use_peft and not setup.dequantize)
+    is_packed = args.use_peft and not setup.dequantize
+    if is_packed and setup.unpacks_in_product is None:
+        num_tokens = args.per_device_train_batch_size * args.max_length
+        choose_unpacking(config, num_tokens=num_tokens)
+    elif setup.unpacks_in_product is not None:
+        mxfp4.unpacks_in_product = setup.unpacks_in_product
+    model = make_model(config, packed=is_packed)
     if setup.fused_norms:
         use_fused_norms(model)
     if setup.packing and setup.isolated:

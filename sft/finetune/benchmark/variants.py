@@ -24,6 +24,7 @@ class Setup:
     grouped_lora: bool = True
     casts_lora_input: bool = False
     fused_norms: bool = True
+    unpacks_in_product: bool | None = None  # None: what choose_unpacking() finds to be faster
     saves_in_background: bool = True
     compiles_layers: bool = False
     flags: dict[str, Any] = field(default_factory=dict)
@@ -55,6 +56,8 @@ PATHS = {
     "stock_expert_lora": Setup(dequantize=True, grouped_lora=False),
     "cast_lora_input": Setup(casts_lora_input=True),
     "eager_norms": Setup(fused_norms=False),
+    "unpack_before_product": Setup(unpacks_in_product=False),
+    "unpack_in_product": Setup(unpacks_in_product=True),
     "no_checkpointing": Setup(flags={"activation_checkpointing": False}),
     # TRL's option: attention's outputs are kept, everything else is recomputed.
     "selective_checkpointing": Setup(

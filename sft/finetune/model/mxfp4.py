@@ -15,14 +15,17 @@ import torch
 from torch.nn.functional import grouped_mm
 
 try:
-    from finetune.model import kernels
+    from finetune.model import fused_unpacking, kernels
 except ImportError:  # a CPU build of torch comes without Triton
-    kernels = None  # type: ignore[assignment]
+    fused_unpacking = kernels = None  # type: ignore[assignment]
 
 BLOCK_SIZE = 32
 # How much is unpacked at a time in forward and backward: a whole stack of 20b's experts, a quarter
 # of one of 120b's. More takes memory, less makes the host wait for the router (packed_grouped_mm).
 MAX_UNPACKED_BYTES = 2**30
+# Whether weights are unpacked on their way into a product instead of before it. On a GPU only,
+# where unpacking_probe.py has found that to be right and faster.
+unpacks_in_product = False
 # By code: the lowest 3 bits are the magnitude, the 4th is the sign.
 FP4_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_VALUES = FP4_MAGNITUDES + tuple(-magnitude for magnitude in FP4_MAGNITUDES)
@@ -138,6 +141,8 @@ def packed_grouped_mm(
     transpose: whether to multiply by (in, out), as in forward, or by (out, in), as in backward.
     offsets: (E,), the end of each expert's rows, as grouped_mm takes them.
     """
+    if unpacks_in_product:
+        return fused_unpacking.packed_grouped_mm(x, blocks, scales, offsets, transpose=transpose)
     num_experts = len(blocks)
     # A byte of a block becomes two bf16 numbers: four bytes.
     step = max(1, MAX_UNPACKED_BYTES // (4 * blocks[0].numel()))
