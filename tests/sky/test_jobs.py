@@ -115,17 +115,24 @@ def finished_job(run_name: str, *, recoveries: int) -> str:
     return log
 
 
-def assert_losses_of_an_undisturbed_run(name: str, model: Path, run_name: str) -> None:
-    """Every loss, bit for bit, is that of a plain launch of the recipe."""
+def finish_plain_launch(name: str, model: Path) -> None:
+    """Launch the recipe under its own name to its end, if no test has done so."""
     if "final/summary.json" not in object_sizes(f"{name}/"):
         with torn_down(name):
             launch(name, model)
+
+
+def assert_losses_of_an_undisturbed_run(name: str, model: Path, run_name: str) -> None:
+    """Every loss, bit for bit, is that of a plain launch of the recipe."""
+    finish_plain_launch(name, model)
     assert loss_history(run_name) == loss_history(name)
 
 
-def assert_evaluated_and_exported_from_the_bucket(run_name: str) -> None:
-    """The job's machine is gone: both tasks have nothing but the bucket."""
-    cluster = "after"
+@pytest.mark.long
+def test_a_finished_run_is_evaluated_and_exported_from_the_bucket_alone(model: Path) -> None:
+    """The machine it was trained on is gone."""
+    run_name, cluster = "gpt-oss-20b-lora", "after"
+    finish_plain_launch(run_name, model)
     options = ["--infra", "slurm/lab", "--cpus", "8", "--memory", "64"]
     for env in (f"CHECKPOINT_BUCKET=s3://{BUCKET}", f"RUN_NAME={run_name}", "OMP_NUM_THREADS=1"):
         options += ["--env", env]
@@ -164,7 +171,6 @@ def test_a_job_recovers_from_a_cancelled_allocation_and_then_from_sigterm(model:
     logs = [path.read_text() for path in Path.home().rglob("*.log") if path.is_file()]
     assert all(WANDB_KEY not in log for log in [log, *logs])
     assert_losses_of_an_undisturbed_run(name, model, run_name)
-    assert_evaluated_and_exported_from_the_bucket(run_name)
 
 
 @pytest.fixture
@@ -182,6 +188,7 @@ def spot_node(tmp_path: Path) -> Iterator[MetadataServer]:
         server.shutdown()
 
 
+@pytest.mark.long
 def test_a_job_on_two_spot_nodes_saves_at_the_notice_for_one_and_recovers(
     model: Path, spot_node: MetadataServer
 ) -> None:
