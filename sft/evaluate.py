@@ -65,6 +65,7 @@ from finetune.credentials import without_secrets
 from finetune.data.dataset import tokenize
 from finetune.errors import one_line_errors, only_warn
 from finetune.evaluation.comparison import TestSet, compare_evaluations, evaluate_model
+from finetune.evaluation.generation import BATCH_SIZE
 from finetune.evaluation.held_out import finished_run, held_out_conversations, sample_prompts
 from finetune.evaluation.report import print_report, send_to_wandb
 from finetune.export.card import update_evaluation
@@ -135,7 +136,12 @@ def add_adapter(base: PreTrainedModel, artifact: Path) -> PeftModel:
 def load(model_id: str, *, revision: str | None) -> PreTrainedModel:
     """A model that scores and generates. revision: a commit on the hub; not used for a folder."""
     weights = BaseWeights(model_id, revision=revision or "main")
-    model = load_model(weights, attn_implementation=choose_attention(), dequantize=False)
+    model = load_model(
+        weights,
+        attn_implementation=choose_attention(),
+        dequantize=False,
+        num_tokens=BATCH_SIZE,  # generating takes most of the time, with a token of each prompt
+    )
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     return model.requires_grad_(False).eval()
 

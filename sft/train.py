@@ -85,10 +85,9 @@ from finetune.model.attention import choose_attention
 from finetune.model.expert_probe import check_experts
 from finetune.model.experts import use_grouped_lora
 from finetune.model.flops import flops_per_token
-from finetune.model.loading import load_config, load_model, load_tokenizer
+from finetune.model.loading import load_model, load_tokenizer
 from finetune.model.lora import leave_casts_to_autocast, lora_config
 from finetune.model.mxfp4 import exclude_packed_from_ddp
-from finetune.model.unpacking_probe import choose_unpacking
 from finetune.model.weights import BaseWeights
 from finetune.node import check_gpus, check_output_dir
 from finetune.plot import plot_losses
@@ -239,14 +238,12 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
     check_experts()
     attention = config.model.attn_implementation or choose_attention()
     weights = BaseWeights(config.model_id, revision=config.model.model_revision)
-    if not config.run.dequantize:
-        row = config.training.max_length or mean_length(data.train)
-        choose_unpacking(
-            load_config(config.model_id, revision=config.model.model_revision),
-            num_tokens=round(config.training.per_device_train_batch_size * row),
-        )
+    row = config.training.max_length or mean_length(data.train)
     model = load_model(
-        weights, attn_implementation=attention, dequantize=bool(config.run.dequantize)
+        weights,
+        attn_implementation=attention,
+        dequantize=bool(config.run.dequantize),
+        num_tokens=round(config.training.per_device_train_batch_size * row),
     )
     saver = Saver(
         run_dir,

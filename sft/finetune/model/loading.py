@@ -24,6 +24,7 @@ from finetune.errors import UserError
 from finetune.model.attention import isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts
 from finetune.model.norms import use_fused_norms
+from finetune.model.unpacking_probe import choose_unpacking
 from finetune.model.weights import BaseWeights, fill
 
 
@@ -78,14 +79,22 @@ def meta_model(config: GptOssConfig) -> GptOssForCausalLM:
 
 
 def load_model(
-    weights: BaseWeights, *, attn_implementation: str, dequantize: bool = True
+    weights: BaseWeights,
+    *,
+    attn_implementation: str,
+    dequantize: bool = True,
+    num_tokens: int | None = None,
 ) -> GptOssForCausalLM:
     """gpt-oss with its weights where this process will train them.
 
     The weights are in bf16, except for experts stored in MXFP4: those stay packed and frozen unless
     dequantize is set. Under FSDP2 the model stays on the meta device, because each rank should read
-    only its share: that is done by weights.shard_and_fill, once the adapter is added. Raises
-    UserError if MXFP4 weights would have to be sharded.
+    only its share: that is done by weights.shard_and_fill, once the adapter is added.
+
+    num_tokens: how many the model is mostly given at once, if it is known. How to multiply with
+    packed weights is then chosen for so many.
+
+    Raises UserError if MXFP4 weights would have to be sharded.
     """
     config = load_config(weights.model_id, revision=weights.revision)
     config.use_cache = False
@@ -108,6 +117,9 @@ def load_model(
             "an MXFP4 base is not sharded, every GPU holds all of it: set ACCELERATE_CONFIG to "
             "/sft/ddp.yaml, or add --dequantize true"
         )
+    is_packed = any(weights.is_packed(name) for name, _ in model.named_parameters())
+    if is_packed and not dequantize and num_tokens is not None:
+        choose_unpacking(config, num_tokens=num_tokens)
     if not sharded:
         # DeepSpeed takes a model that is complete on the CPU, and partitions and moves it itself.
         device = torch.device("cpu") if offloaded else PartialState().device
