@@ -86,7 +86,8 @@ from finetune.model.expert_probe import check_experts
 from finetune.model.experts import use_grouped_lora
 from finetune.model.flops import flops_per_token
 from finetune.model.loading import load_model, load_tokenizer
-from finetune.model.lora import leave_casts_to_autocast, lora_config
+from finetune.model.lora import lora_config
+from finetune.model.lora_linear import use_low_rank_linears
 from finetune.model.mxfp4 import exclude_packed_from_ddp
 from finetune.model.weights import BaseWeights
 from finetune.node import check_gpus, check_output_dir
@@ -282,7 +283,7 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
     )
     exclude_packed_from_ddp(trainer.model)
     use_grouped_lora(trainer.model)
-    leave_casts_to_autocast(trainer.model)
+    use_low_rank_linears(trainer.model)
     configure_gradients(trainer)
 
     context = mean_length(data.train)

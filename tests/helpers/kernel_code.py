@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "sft"))
-from finetune.model import expert_kernels, fused_unpacking, kernels
+from finetune.model import expert_kernels, fused_unpacking, kernels, rotary_kernel
 
 WARP = 32
 # H100 SXM, data sheet: 132 multiprocessors start 4 instructions of a warp each in a cycle.
@@ -113,6 +113,24 @@ KERNELS = (
         bytes=2 * (4 + 4 + 1 + 1),
     ),
     Kernel(
+        "rotary",
+        rotary_kernel.rotary_kernel,
+        {name: "*bf16" for name in ("q", "k", "cos", "sin", "q_out", "k_out")}
+        | {"length": "i32"}
+        | {f"{x}_{size}": "i32" for x in "qk" for size in ("row", "head", "token")},
+        {
+            "NUM_QUERIES": 64,
+            "QUERIES": 64,
+            "NUM_KEYS": 8,
+            "KEYS": 8,
+            "HALF": 32,
+            "COLUMNS": 32,
+            "BACKWARDS": False,
+        },
+        elements=(64 + 8) * 64,
+        bytes=2 * (1 + 1),
+    ),
+    Kernel(
         "unpack",
         kernels.unpack_kernel,
         {"words": "*i32", "scales": "*u8", "weights": "*i16", "num_words": "i64"},
@@ -157,7 +175,7 @@ def compile_kernel(kernel: Kernel, architecture: int) -> Any:
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(names)
-        if signature[name].startswith("*") or name == "num_words"
+        if signature[name].startswith("*") or name == "num_words" or name[:2] in ("q_", "k_")
     }
     source = ASTSource(
         fn=kernel.function, signature=signature, constexprs=kernel.constants, attrs=attributes

@@ -94,8 +94,9 @@ def test_it_is_resumed_and_trained_to_its_end(folder: Path, interrupted: Path) -
     unbroken = losses(EARLIER_RUN / "unbroken_trainer_state.json")
     resumed = losses(interrupted / "checkpoint-6.0002/trainer_state.json")
     assert list(resumed) == list(unbroken) == [1, 2, 3, 4, 5, 6]
-    # Another CPU may round differently.
-    assert resumed == pytest.approx(unbroken, rel=1e-4)
+    # Another CPU rounds differently, and so do later products and sums in bf16. At this learning
+    # rate every step makes more of it.
+    assert resumed == pytest.approx(unbroken, rel=1e-3)
     summary = json.loads((interrupted / "final/summary.json").read_text())
     assert summary["interruptions"] == 1
     assert summary["run"].keys() == earlier_summary()["run"].keys()

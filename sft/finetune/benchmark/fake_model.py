@@ -21,9 +21,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
 from finetune.model.loading import meta_model
-from finetune.model.lora import leave_casts_to_autocast, lora_config
+from finetune.model.lora import lora_config
+from finetune.model.lora_linear import use_low_rank_linears
 from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
 from finetune.model.norms import use_fused_norms
+from finetune.model.rotary import rotate, use_fused_rotary
 from finetune.model.weights import restore_buffers
 
 ATTENTION = "counted"  # the name of counted_attention in a model's config
@@ -31,6 +33,7 @@ ATTENTION = "counted"  # the name of counted_attention in a model's config
 EXPERTS_PART, UNPACKING_PART = "experts' element-wise kernels", "unpacking MXFP4"
 GROUPED_PART = "grouped GEMMs of the base"
 ATTENTION_PART, NORM_PART, HEAD_PART = "attention", "RMSNorm", "dense GEMMs and head"
+ROTARY_PART = "rotary embedding"
 
 
 class Counter(Protocol):
@@ -215,6 +218,7 @@ def as_on_a_gpu(counter: Counter, *, unpacks_in_product: bool = False) -> Iterat
         "trl.kernels.chunked_logprob._backward_tile": as_kernel(backward_tile, part=HEAD_PART),
         "trl.kernels.chunked_logprob._addmm_fp32": addmm_fp32,
         "finetune.model.norms.rms_norm": counted_norm,
+        "finetune.model.rotary.on_device": lambda like: as_kernel(rotate, part=ROTARY_PART),
         f"{__name__}.norm_forward": as_kernel(norm_forward, part=NORM_PART),
         f"{__name__}.norm_backward": as_kernel(norm_backward, part=NORM_PART),
         f"{__name__}.flash_forward": as_kernel(
@@ -244,6 +248,7 @@ def make_model(
     config.counted_context = context
     model: Any = meta_model(config)
     use_fused_norms(model)
+    use_fused_rotary()
     base = model
     with torch.device("meta"):
         add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
@@ -251,7 +256,7 @@ def make_model(
         if adapter is not None:
             model = get_peft_model(model, adapter)
     use_grouped_lora(model)
-    leave_casts_to_autocast(model)
+    use_low_rank_linears(model)
     if activation_checkpointing:
         base.activation_checkpointing_enable({"preserve_rng_state": False, "use_reentrant": False})
         base.enable_input_require_grads()

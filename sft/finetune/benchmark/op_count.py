@@ -37,6 +37,7 @@ from finetune.benchmark.fake_model import (
     GROUPED_PART,
     HEAD_PART,
     NORM_PART,
+    ROTARY_PART,
     UNPACKING_PART,
     as_on_a_gpu,
     at_all_layers,
@@ -52,7 +53,7 @@ from finetune.model.mxfp4 import Mxfp4Weight
 
 aten = torch.ops.aten
 LORA_PART = "LoRA's thin GEMMs"
-ELEMENTWISE_PART = "eager element-wise: rotary, casts, sums"
+ELEMENTWISE_PART = "eager element-wise: casts, sums"
 PARTS = (
     GROUPED_PART,
     UNPACKING_PART,
@@ -61,6 +62,7 @@ PARTS = (
     ATTENTION_PART,
     LORA_PART,
     NORM_PART,
+    ROTARY_PART,
     ELEMENTWISE_PART,
 )
 DENSE = (aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm)

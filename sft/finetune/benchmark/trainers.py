@@ -15,8 +15,10 @@ from finetune.checkpoint.saver import Saver
 from finetune.model import mxfp4
 from finetune.model.attention import choose_attention, isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts, use_grouped_lora
-from finetune.model.lora import leave_casts_to_autocast, lora_config
+from finetune.model.lora import lora_config
+from finetune.model.lora_linear import use_low_rank_linears
 from finetune.model.norms import use_fused_norms
+from finetune.model.rotary import use_fused_rotary
 from finetune.model.unpacking_probe import choose_unpacking
 from finetune.preemption import PreemptionNotice
 from finetune.training.trainer import ResumableSFTTrainer, configure_gradients
@@ -66,6 +68,8 @@ def path_model(args: BenchArguments, setup: Setup) -> GptOssForCausalLM:
     model = make_model(config, packed=is_packed)
     if setup.fused_norms:
         use_fused_norms(model)
+    if setup.fused_rotary:
+        use_fused_rotary()
     if setup.packing and setup.isolated:
         isolate_packed_sequences(model)
     if (setup.flags.get("activation_checkpointing_kwargs") or {}).get("selective"):
@@ -101,8 +105,8 @@ def make_trainer(args: BenchArguments, setup: Setup, folder: Path) -> SFTTrainer
         trainer = SFTTrainer(**kwargs)
     if setup.grouped_lora:
         use_grouped_lora(trainer.model)
-    if not setup.casts_lora_input:
-        leave_casts_to_autocast(trainer.model)
+    if setup.low_rank_linears:
+        use_low_rank_linears(trainer.model)
     if setup.compiles_layers:
         for layer in gpt_oss(trainer.model).model.layers:
             layer.compile()

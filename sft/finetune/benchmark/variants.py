@@ -1,7 +1,6 @@
 """The paths that bench.py measures: the recipe, stock TRL, and the recipe with one lever changed.
 
-Not measured, because the lock file has no package for them: kernels for rotary
-embeddings (liger-kernel, or `kernels` from the hub) and 8-bit AdamW (torchao, bitsandbytes).
+Not measured, because the lock file has no package for it: 8-bit AdamW (torchao, bitsandbytes).
 """
 
 from dataclasses import dataclass, field, replace
@@ -22,8 +21,9 @@ class Setup:
     attn_implementation: str | None = None  # None: the one that choose_attention() finds
     experts_implementation: str | None = None  # None: the recipe's, of model/experts.py
     grouped_lora: bool = True
-    casts_lora_input: bool = False
+    low_rank_linears: bool = True
     fused_norms: bool = True
+    fused_rotary: bool = True
     unpacks_in_product: bool | None = None  # None: what choose_unpacking() finds to be faster
     saves_in_background: bool = True
     compiles_layers: bool = False
@@ -37,8 +37,9 @@ STOCK = Setup(
     attn_implementation="eager",
     experts_implementation="grouped_mm",
     grouped_lora=False,
-    casts_lora_input=True,
+    low_rank_linears=False,
     fused_norms=False,
+    fused_rotary=False,
     saves_in_background=False,
 )
 PATHS = {
@@ -54,8 +55,9 @@ PATHS = {
         dequantize=True, experts_implementation="grouped_mm", grouped_lora=False
     ),
     "stock_expert_lora": Setup(dequantize=True, grouped_lora=False),
-    "cast_lora_input": Setup(casts_lora_input=True),
+    "stock_linear_lora": Setup(low_rank_linears=False),
     "eager_norms": Setup(fused_norms=False),
+    "eager_rotary": Setup(fused_rotary=False),
     "unpack_before_product": Setup(unpacks_in_product=False),
     "unpack_in_product": Setup(unpacks_in_product=True),
     "no_checkpointing": Setup(flags={"activation_checkpointing": False}),

@@ -10,12 +10,13 @@ attention.choose_attention      the fastest implementation that equals eager on 
 experts.register_experts        grouped GEMMs for the experts, as an implementation of transformers
 experts.use_grouped_lora        LoRA on experts beside their frozen weights
 norms.use_fused_norms           RMSNorm as one kernel
+rotary.use_fused_rotary         rotary embedding as one kernel
 mxfp4.Mxfp4Weight               a frozen stack of experts, unpacked while it is used (kernels.py,
                                 fused_unpacking.py)
 expert_probe.check_experts      whether the experts' kernels are right on this GPU
 unpacking_probe.choose_unpacking  the faster way to multiply with that stack on this GPU
 quantize.quantize, requantize   bf16 back to MXFP4
 lora.lora_config                what LoRA adapts
-lora.leave_casts_to_autocast    no copies of LoRA's input
+lora_linear.use_low_rank_linears  LoRA on linear layers, added by the product itself
 flops.flops_per_token           for MFU
 """

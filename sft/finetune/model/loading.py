@@ -24,6 +24,7 @@ from finetune.errors import UserError
 from finetune.model.attention import isolate_packed_sequences
 from finetune.model.experts import EXPERTS_IMPLEMENTATION, register_experts
 from finetune.model.norms import use_fused_norms
+from finetune.model.rotary import use_fused_rotary
 from finetune.model.unpacking_probe import choose_unpacking
 from finetune.model.weights import BaseWeights, fill
 
@@ -109,6 +110,7 @@ def load_model(
         )
     isolate_packed_sequences(model)
     use_fused_norms(model)
+    use_fused_rotary()
 
     sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
     offloaded = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from trl import ModelConfig
 
 from finetune.errors import UserError
@@ -46,17 +45,6 @@ def lora_config(model: torch.nn.Module, args: ModelConfig) -> LoraConfig | None:
         modules_to_save=args.lora_modules_to_save,
         use_rslora=args.use_rslora,
     )
-
-
-def leave_casts_to_autocast(model: torch.nn.Module) -> None:
-    """Give LoRA's factors their input as it is. Under autocast only.
-
-    PEFT casts the input to the factors' fp32, and autocast casts that back to bf16: two copies of
-    the hidden states for each of q, k, v and o, of which one is kept for backward.
-    """
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.cast_input_dtype_enabled = False
 
 
 def upcast_trained_copies(model: torch.nn.Module) -> None:
