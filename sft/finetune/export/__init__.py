@@ -4,6 +4,7 @@ In: a run's folder and the base model. Out: a folder that transformers, PEFT and
 llama.cpp and Ollama, with a card that tells how faithful it is; and an upload to the hub.
 
 record.ExportRecord             export.json: which export a folder holds, and what was measured
+lock.locked                     one process at a time writes to that folder
 source.find_run_weights         the weights that a run has trained, read one tensor at a time
 base.open_base                  the base model at the revision that was trained
 merge.open_merged               LoRA added to the base's weights, some rows at a time
