@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from finetune.errors import UserError
 from finetune.export.adapter import vllm_limits, write_adapter
 from finetune.export.merge import open_merged
+from finetune.export.shards import UNFINISHED
 from finetune.export.source import ADAPTER, find_run_weights
 from helpers.finished_runs import open_run, peft_model, save_adapter_run
 
@@ -37,7 +38,14 @@ def test_a_full_disk_is_noticed_before_anything_is_written(run_dir: Path, tmp_pa
     with pytest.raises(UserError, match="the export takes"):
         write_adapter(run_weights, lora, output, free_bytes=lambda _: size - 1)
     assert not list(output.iterdir())
-    write_adapter(run_weights, lora, output, free_bytes=lambda _: size)
+    # What a killed call has left is deleted before the room is measured.
+    (output / UNFINISHED).mkdir()
+    (output / UNFINISHED / ADAPTER).write_bytes(b"half a file")
+
+    def free_bytes(folder: Path) -> int:
+        return 0 if (folder / UNFINISHED).exists() else size
+
+    write_adapter(run_weights, lora, output, free_bytes=free_bytes)
 
 
 @pytest.mark.parametrize(

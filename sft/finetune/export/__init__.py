@@ -13,6 +13,6 @@ adapter.write_adapter, files    the adapter; tokenizer and config
 gguf_model, gguf_adapter        the same as GGUF; gguf_layout says how that differs
 samples.conversations_of_run    the conversations that an export is compared on
 fidelity.measure_fidelity       the artifact, loaded again, compared with the trained model
-served_reference, _client, _verdict, _template     does a running server answer as trained?
+served_reference, _client, _verdict, _scaling, _template     does a server answer as trained?
 card.write_card, hub.push       the model card (card_usage, card_figures: its parts); the upload
 """
