@@ -24,8 +24,8 @@ LONGEST = 600  # seconds that an export may take, on a machine that does much el
 JOURNAL = ".model.gguf.journal"
 
 
-def shard(count: int) -> Place:
-    return Place("os.rename", ".safetensors", count)
+def shard(number: int) -> Place:
+    return Place("os.rename", ".safetensors", number)
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from finetune.export.gguf_adapter import ADAPTER, write_adapter
 from finetune.export.gguf_model import MODEL, write_model
 from finetune.export.merge import MergedWeights
 from finetune.export.served_client import Client, token_id
-from finetune.export.served_reference import FILE, Place, read_reference
+from finetune.export.served_reference import FILE, Place, identity_of, read_reference
 from finetune.export.served_scaling import measured_scaling, scaling_problem
 from finetune.export.served_verdict import Compared, align, judge, judge_places
 from finetune.model.loading import load_tokenizer
-from helpers.finished_runs import open_run, save_adapter_run
+from finetune.model.weights import BaseWeights
+from helpers.finished_runs import open_run, save_adapter_run, with_other_weights
 from helpers.llama import start_server
 from helpers.paths import CONVERSATIONS
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
@@ -166,6 +167,17 @@ def test_the_reference_of_other_weights_is_not_used(
     assert verify(server.listening_address, folder, arguments).ok
     save_adapter_run(folder, tiny_model, seed=1)
     assert not verify(server.listening_address, folder, arguments).ok
+
+
+def test_the_reference_of_another_base_is_another(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """--base may give any folder for a model of the hub."""
+    merged = open_run(files / "run")
+    other = BaseWeights(str(with_other_weights(tiny_model, tmp_path)))
+    on_other = MergedWeights(other, merged.run_weights, merged.targets)
+    one, another = (identity_of(m, num_examples=1, num_places=1) for m in (merged, on_other))
+    assert one != another
 
 
 @pytest.mark.parametrize(

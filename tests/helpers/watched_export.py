@@ -17,12 +17,12 @@ SHARD_BYTES = 100_000  # many shards of the tiny model
 
 class Place(NamedTuple):
     """Where Python is about to do something with a file: its audit event, the end of the file's
-    name, and how often that must come.
+    name, and which one of these it is.
     """
 
     event: str
     ending: str
-    count: int
+    number: int
 
 
 def run_export(run_dir: Path, output: Path, form: Format) -> None:
@@ -36,7 +36,7 @@ def run_export_until(
     """Export, and call `happens` at a place. For a process that does nothing else: an audit hook
     cannot be removed.
     """
-    left = place.count
+    left = place.number
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
