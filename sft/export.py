@@ -68,7 +68,9 @@ if __name__ == "__main__":
 from collections.abc import Callable
 
 from huggingface_hub import HfApi
+from peft import LoraConfig
 
+from finetune.checkpoint.fingerprint import folder_hash
 from finetune.errors import UserError, one_line_errors
 from finetune.export.adapter import vllm_limits, write_adapter
 from finetune.export.base import open_base
@@ -79,7 +81,8 @@ from finetune.export.files import write_config, write_tokenizer
 from finetune.export.gguf_adapter import write_adapter as write_gguf_adapter
 from finetune.export.gguf_model import write_model
 from finetune.export.hub import check_hub, push
-from finetune.export.merge import open_merged
+from finetune.export.lock import locked
+from finetune.export.merge import MergedWeights, open_merged
 from finetune.export.modelfile import write_modelfile
 from finetune.export.record import ExportRecord, check_same_export, read_record
 from finetune.export.samples import conversations_of_run
@@ -96,7 +99,7 @@ def export(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     connect: Callable[..., HfApi] = HfApi,
 ) -> None:
-    """Check, open, write, verify, describe, upload.
+    """Check and open all that is read, then fill the output folder and upload it.
 
     connect: makes the hub's client from a token. Raises UserError for whatever the user can mend.
     """
@@ -116,13 +119,13 @@ def export(
         )
     base = open_base(run_weights.record, moved_to=args.model)
     merged, lora = open_merged(run_weights, base)
-    fingerprint = run_weights.record.identity()
     record = ExportRecord(
         form,
         run_weights.origin,
         run_weights.step,
-        fingerprint,
+        run_weights.record.identity(),
         weights_sha256=run_weights.weights_sha256,
+        base_hash=folder_hash(base.folder),
     )
     check_same_export(begun, record, output)
 
@@ -130,12 +133,37 @@ def export(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output} cannot be a folder: {error.strerror}") from None
-    record.write(output, finished=False)
-    print(f"{form} of {run_weights.folder}, step {run_weights.step}, to {output}", flush=True)
     name = args.push_to_hub or default_name(run_dir)
+    with locked(output):
+        check_same_export(read_record(output), record, output)  # one may have come first
+        record.write(output, finished=False)
+        print(f"{form} of {run_weights.folder}, step {run_weights.step}, to {output}", flush=True)
+        write_files(merged, lora, output, form=form, name=name, max_shard_bytes=max_shard_bytes)
+        if args.verify:
+            verify(merged, record, output, num_examples=args.num_examples)
+        if form == "adapter" and lora is not None:
+            record.hints += vllm_limits(run_weights, lora)
+        write_card(output, run_weights, base, record, name=name)
+        record.write(output, finished=True)
+        print_result(record, output, name)
+        if api is not None and args.push_to_hub is not None:
+            print(push(api, output, args.push_to_hub, private=args.private), flush=True)
+
+
+def write_files(
+    merged: MergedWeights,
+    lora: LoraConfig | None,
+    output: Path,
+    *,
+    form: Format,
+    name: str,
+    max_shard_bytes: int,
+) -> None:
+    """Write all that a format consists of, but the card. lora: of a run that has an adapter."""
+    base = merged.base
     if form == "adapter" and lora is not None:
         write_tokenizer(base, output)
-        write_adapter(run_weights, lora, output)
+        write_adapter(merged.run_weights, lora, output)
     elif form == "gguf":
         tokenizer = load_tokenizer(base.model_id, revision=base.revision)
         write_model(merged, tokenizer, output, name=name)
@@ -147,22 +175,15 @@ def export(
         write_config(base, output, form=form)
         write_weights(merged, output, form=form, max_bytes=max_shard_bytes)
 
-    if args.verify:
-        rows, record.text = conversations_of_run(
-            run_weights.record, base, num_examples=args.num_examples
-        )
-        record.fidelity = measure_fidelity(output, merged, rows, form=form)
-        record.hints += fidelity_hints(
-            record.fidelity, form=form, is_adapter=run_weights.is_adapter
-        )
-    if form == "adapter" and lora is not None:
-        record.hints += vllm_limits(run_weights, lora)
 
-    write_card(output, run_weights, base, record, name=name)
-    record.write(output, finished=True)
-    print_result(record, output, name)
-    if api is not None and args.push_to_hub is not None:
-        print(push(api, output, args.push_to_hub, private=args.private), flush=True)
+def verify(merged: MergedWeights, record: ExportRecord, output: Path, *, num_examples: int) -> None:
+    """Compare the files with the trained model, and put into the record what that gives."""
+    run_weights, form = merged.run_weights, record.format
+    rows, record.text = conversations_of_run(
+        run_weights.record, merged.base, num_examples=num_examples
+    )
+    record.fidelity = measure_fidelity(output, merged, rows, form=form)
+    record.hints += fidelity_hints(record.fidelity, form=form, is_adapter=run_weights.is_adapter)
 
 
 def print_result(record: ExportRecord, output: Path, name: str) -> None:

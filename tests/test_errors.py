@@ -1,5 +1,6 @@
 """An error that a user can mend is one line, whichever ranks meet it."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from finetune.errors import UserError, fail, one_line_errors, only_warn
 from helpers.launching import launch_command
 from helpers.paths import CPU_ENVS
 
+UNUSABLE = "cannot be read or written"
 SCRIPT = """
 import sys
 from accelerate import PartialState
@@ -50,6 +52,13 @@ def test_what_is_nice_to_have_warns_in_one_line_and_raises_nothing(
         (UserError("no such run"), "no such run", 2),
         (OSError("2048 requested and 456 written"), "no space left on the disk", 2),  # numpy's
         (Exception("No space left on device (os error 28)"), "no space left on the disk", 2),
+        (
+            OSError(errno.EROFS, "Read-only", "/out/a"),
+            f"/out/a {UNUSABLE} (Read-only): allow",
+            2,
+        ),
+        (OSError(errno.EACCES, "Denied", "/out/a"), f"/out/a {UNUSABLE} (Denied): allow it", 2),
+        (OSError(errno.EIO, "I/O", "/out/a"), f"/out/a {UNUSABLE} (I/O): is the disk, or the", 2),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(

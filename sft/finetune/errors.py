@@ -14,15 +14,8 @@ from typing import NoReturn
 
 from finetune.credentials import without_secrets
 
-# Read-only, not permitted, broken, or a mount whose other end has gone.
-LOST_DISK = (
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EIO,
-    errno.ENOTCONN,
-    errno.ESTALE,
-)
+NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
+LOST_DISK = (errno.EIO, errno.ENOTCONN, errno.ESTALE)  # broken, or a mount whose other end has gone
 
 
 SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
@@ -59,9 +52,11 @@ def message_of(error: Exception) -> str | None:
         file = error.filename or "a file"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space left writing {file}: free some, or raise disk_size"
+        problem = f"{file} cannot be read or written ({error.strerror})"
+        if error.errno in NOT_ALLOWED:
+            return f"{problem}: allow it to this user, or name another folder"
         if error.errno in LOST_DISK:
-            reason = error.strerror
-            return f"{file} cannot be read or written ({reason}): is the bucket still there?"
+            return f"{problem}: is the disk, or the bucket that is mounted there, still there?"
     # Written by Rust, in safetensors and tokenizers, or by numpy, which says how much it wrote.
     is_short_write = isinstance(error, OSError) and SHORT_WRITE.fullmatch(str(error))
     if is_short_write or os.strerror(errno.ENOSPC) in str(error):

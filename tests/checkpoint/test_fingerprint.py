@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset, concatenate_datasets
+from huggingface_hub import constants
 
 from finetune.arguments import parse_args
 from finetune.checkpoint.fingerprint import (
@@ -26,6 +27,7 @@ from finetune.checkpoint.fingerprint import (
 from finetune.checkpoint.manifest import MANIFEST, read_manifest, write_manifest
 from finetune.data.options import DataArguments, EarlierDataArguments
 from finetune.errors import UserError
+from helpers.hub import COMMIT, put_in_cache
 from helpers.launching import defaults
 from helpers.paths import REPO
 
@@ -84,6 +86,15 @@ def test_other_weights_in_the_same_folder_are_another_model(
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     assert model_revision(str(copy), revision="main") != before
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = put_in_cache(tiny_model, tmp_path, "ada/tiny")
+    for model_id, revision in (("ada/tiny", "main"), ("ada/tiny", COMMIT), (str(folder), "main")):
+        assert model_revision(model_id, revision=revision) == COMMIT
 
 
 TODAYS_DATA = DataArguments(train_on="everything", conversation_start_date="2026-01-02")

@@ -9,8 +9,10 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors.torch import load_file
 
+from finetune.errors import UserError
 from finetune.export.adapter import vllm_limits, write_adapter
 from finetune.export.merge import open_merged
+from finetune.export.shards import UNFINISHED
 from finetune.export.source import ADAPTER, find_run_weights
 from helpers.finished_runs import open_run, peft_model, save_adapter_run
 
@@ -24,6 +26,26 @@ def test_it_is_written_as_the_run_left_it(run_dir: Path, tmp_path: Path) -> None
     assert written.keys() == trained.keys()
     assert all(written[name].equal(trained[name]) for name in written)
     assert LoraConfig.from_pretrained(tmp_path).r == lora.r
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(run_dir: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    run_weights = find_run_weights(run_dir)
+    _, lora = open_merged(run_weights, open_run(run_dir).base)
+    assert lora is not None
+    size = sum(tensor.nbytes for tensor in load_file(run_dir / "final" / ADAPTER).values())
+    with pytest.raises(UserError, match="the export takes"):
+        write_adapter(run_weights, lora, output, free_bytes=lambda _: size - 1)
+    assert not list(output.iterdir())
+    # What a killed call has left is deleted before the room is measured.
+    (output / UNFINISHED).mkdir()
+    (output / UNFINISHED / ADAPTER).write_bytes(b"half a file")
+
+    def free_bytes(folder: Path) -> int:
+        return 0 if (folder / UNFINISHED).exists() else size
+
+    write_adapter(run_weights, lora, output, free_bytes=free_bytes)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
@@ -27,8 +28,8 @@ from finetune.model.quantize import quantize
 from helpers.cards import run_python_of_card
 from helpers.engines import PROPERTY, rows_of_run
 from helpers.evaluations import EVALUATION
-from helpers.finished_runs import save_adapter_run
-from helpers.hub import TOKEN, FakeHub
+from helpers.finished_runs import save_adapter_run, with_other_weights
+from helpers.hub import COMMIT, TOKEN, FakeHub, put_in_cache
 from helpers.launching import LORA, Launch, Start, await_event, losses
 from helpers.paths import CPU_ENVS, REPO
 from helpers.tensors import load_shards
@@ -108,6 +109,26 @@ def test_an_export_is_not_mixed_with_that_of_a_run_trained_again(
     with pytest.raises(UserError, match="of another run: give another --output"):
         export(run_dir, unverified("gguf", output))
     assert (output / "model.gguf").read_bytes() == before
+
+
+def test_an_export_is_not_mixed_with_that_of_another_base(
+    run_dir: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run names a commit of the hub, with which a folder cannot be compared."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    put_in_cache(tiny_model, tmp_path / "cache", "ada/tiny")
+    summary = read_json(run_dir / "final/summary.json")
+    summary["run"] |= {"model": "ada/tiny", "model_revision": COMMIT}
+    (run_dir / "final/summary.json").write_text(json.dumps(summary))
+    output, copy = tmp_path / "out", shutil.copytree(tiny_model, tmp_path / "copy")
+    export(run_dir, unverified("bf16", output))
+    (output / "model-00001-of-00001.safetensors").unlink()
+    other = with_other_weights(tiny_model, tmp_path)
+    with pytest.raises(UserError, match="with another base model: repeat it with the --model of"):
+        export(run_dir, unverified("bf16", output, model=str(other)))
+    assert not list(output.glob("*.safetensors"))
+    export(run_dir, unverified("bf16", output, model=str(copy)))
+    assert list(output.glob("*.safetensors"))
 
 
 @pytest.mark.slow

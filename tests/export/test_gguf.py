@@ -171,6 +171,30 @@ def test_a_full_disk_is_noticed_before_a_weight_is_written(exported: Path, tmp_p
     assert not (tmp_path / MODEL).exists()
 
 
+def test_a_full_disk_is_noticed_before_an_adapter_is_written(
+    exported: Path, tmp_path: Path
+) -> None:
+    merged = open_run(exported / "run")
+    size = sum(int(tensor.n_bytes) for tensor in GGUFReader(exported / "run" / ADAPTER).tensors)
+    with pytest.raises(UserError, match="the export takes"):
+        write_adapter(merged, tmp_path, name="tiny", free_bytes=lambda _: size - 1)
+    assert not list(tmp_path.iterdir())
+    write_adapter(merged, tmp_path, name="tiny", free_bytes=lambda _: size)
+
+
+def test_a_line_of_the_journal_that_is_cut_off_names_no_weight(
+    exported: Path, tmp_path: Path
+) -> None:
+    """A name may be the beginning of another one: gate_up_proj of gate_up_proj_bias."""
+    merged = open_run(exported / "run")
+    with pytest.raises(KeyboardInterrupt):
+        write(Interrupted(merged.base, merged.run_weights, merged.targets), tmp_path)
+    with open(tmp_path / f".{MODEL}.journal", "a") as journal:
+        journal.write(Interrupted.at)
+    write(merged, tmp_path)
+    assert (tmp_path / MODEL).read_bytes() == (exported / "run" / MODEL).read_bytes()
+
+
 def test_an_adapter_with_whole_weights_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     save_adapter_run(tmp_path, tiny_model, lora_modules_to_save=["lm_head"])
     with pytest.raises(UserError, match="also trained lm_head.weight as a whole: .*--format gguf"):

@@ -1,6 +1,7 @@
 """An output folder belongs to one export."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ from finetune.export.record import RECORD, ExportRecord, check_same_export, read
 
 def make_record() -> ExportRecord:
     return ExportRecord(format="bf16", origin="final", step=4, fingerprint={"seed": 0})
+
+
+def test_an_export_goes_on_with_its_own_base_alone(tmp_path: Path) -> None:
+    begun, other = (replace(make_record(), base_hash=text) for text in ("one", "other"))
+    check_same_export(begun, begun, tmp_path)
+    check_same_export(make_record(), other, tmp_path)  # of an earlier version, which recorded none
+    with pytest.raises(UserError, match="with another base model: repeat it with the --model of"):
+        check_same_export(begun, other, tmp_path)
 
 
 def test_a_new_or_empty_folder_holds_no_export(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ Serve = Callable[[dict[str, Any]], str]
 @pytest.fixture
 def serve() -> Iterator[Serve]:
     """Start a server on loopback that is no engine: it answers a path with a text or with JSON, or
-    with a status, and everything else with status 404. Returns its URL.
+    with a status, or with one and a Location, and everything else with status 404. Returns its URL.
     """
     servers = []
 
@@ -38,7 +38,10 @@ def serve() -> Iterator[Serve]:
                 if answer is None:
                     self.close_connection = True
                     return
-                self.send_response(answer if isinstance(answer, int) else 200)
+                status, place = answer if isinstance(answer, tuple) else (answer, None)
+                self.send_response(status if isinstance(status, int) else 200)
+                if place is not None:
+                    self.send_header("Location", place)
                 text = answer if isinstance(answer, str) else json.dumps(answer)
                 self.send_header("Content-Length", str(len(text.encode())))
                 self.end_headers()
@@ -72,11 +75,19 @@ def connect(url: str, *, key: str | None = None, model: str | None = None) -> Cl
     [
         (404, "answers 404"),
         (500, "answers 500"),
-        (301, "answers 301"),
+        (
+            301,
+            "answers 301, a redirect to a place it leaves out: give the URL of the server",
+        ),
+        (
+            (307, "https://me:secret@login/"),
+            "answers 307, a redirect to https://login/: give",
+        ),
         (401, "wants another key: export API_KEY"),
+        (403, "answers 403, not allowed: the key in API_KEY lacks the permission, or a proxy in"),
         ("<html>Welcome to nginx!</html>", "answers 200: <html>Welcome"),
         ("{torn", "answers 200: {torn"),
-        ("", "answers 200"),
+        ("", "answers 200: an empty text"),
         ([], "does not answer as OpenAI's API does"),
         ("null", "does not answer as OpenAI's API does: None"),
         ({"data": [{"name": "run"}]}, "does not answer as OpenAI's API does"),

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.errors import UserError
 from finetune.export.merge import MergedWeights
-from finetune.export.shards import INDEX, plan_shards, write_weights
+from finetune.export.shards import INDEX, UNFINISHED, plan_shards, write_weights
 from helpers.finished_runs import open_run, save_adapter_run
 from helpers.paths import CONVERSATIONS, CPU_ENVS
 from helpers.tensors import load_shards
@@ -64,13 +64,23 @@ def test_an_interrupted_export_writes_only_the_missing_shards(
     assert not (output / INDEX).exists()
 
     second.write_bytes(second.read_bytes()[:-1])  # as if the machine had died
-    unfinished = output / f".{second.name.replace('00002', '00003', 1)}.part"
-    unfinished.write_bytes(b"half a file")
+    unfinished = output / UNFINISHED
+    unfinished.mkdir()
+    (unfinished / ".tmpAbC123").write_bytes(b"half a file")  # as safetensors names it
     before = first.stat().st_mtime_ns, second.stat().st_mtime_ns
-    write_weights(merged, output, form="bf16", max_bytes=SMALL)
+    # Its room is free again before the room is measured.
+    write_weights(
+        merged,
+        output,
+        form="bf16",
+        max_bytes=SMALL,
+        free_bytes=lambda folder: 0 if (folder / UNFINISHED).exists() else 10**9,
+    )
     assert first.stat().st_mtime_ns == before[0] and second.stat().st_mtime_ns > before[1]
     assert not unfinished.exists()
 
+    modes = {file.stat().st_mode for file in output.iterdir()}
+    assert len(modes) == 1  # who may read the index may read the shards
     index = json.loads((output / INDEX).read_text())["weight_map"]
     assert len(set(index.values())) > 3
     stored = load_shards(output)

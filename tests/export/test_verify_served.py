@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import random
+import re
 import shutil
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,12 @@ from finetune.export.gguf_adapter import ADAPTER, write_adapter
 from finetune.export.gguf_model import MODEL, write_model
 from finetune.export.merge import MergedWeights
 from finetune.export.served_client import Client, token_id
-from finetune.export.served_reference import FILE, Place, read_reference
-from finetune.export.served_verdict import Compared, align, judge
+from finetune.export.served_reference import FILE, Place, identity_of, read_reference
+from finetune.export.served_scaling import measured_scaling, scaling_problem
+from finetune.export.served_verdict import Compared, align, judge, judge_places
 from finetune.model.loading import load_tokenizer
-from helpers.finished_runs import open_run, save_adapter_run
+from finetune.model.weights import BaseWeights
+from helpers.finished_runs import open_run, save_adapter_run, with_other_weights
 from helpers.llama import start_server
 from helpers.paths import CONVERSATIONS
 from tiny_gpt_oss import conversation_texts, save_tiny_gpt_oss
@@ -147,7 +152,8 @@ def test_a_few_answers_are_too_few(files: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Client, "next_log_probs", sometimes)
     found = verdict(files, adapter=files / ADAPTER)
-    assert found.ok is None and "answers at 8 of 64 places" in found.text
+    # Of the 8 some may be without: llama.cpp's gives none where what it samples ends the text.
+    assert found.ok is None and re.search("answers at [4-8] of 64 places", found.text), found
 
 
 def test_the_reference_of_other_weights_is_not_used(
@@ -161,6 +167,17 @@ def test_the_reference_of_other_weights_is_not_used(
     assert verify(server.listening_address, folder, arguments).ok
     save_adapter_run(folder, tiny_model, seed=1)
     assert not verify(server.listening_address, folder, arguments).ok
+
+
+def test_the_reference_of_another_base_is_another(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """--base may give any folder for a model of the hub."""
+    merged = open_run(files / "run")
+    other = BaseWeights(str(with_other_weights(tiny_model, tmp_path)))
+    on_other = MergedWeights(other, merged.run_weights, merged.targets)
+    one, another = (identity_of(m, num_examples=1, num_places=1) for m in (merged, on_other))
+    assert one != another
 
 
 @pytest.mark.parametrize(
@@ -200,25 +217,81 @@ def test_a_wrong_key_is_one_line(files: Path, monkeypatch: pytest.MonkeyPatch) -
     assert verify(server.listening_address, files / "run", VerifyArguments()).ok
 
 
+Served = list[dict[int, float]]
+SERVERS: dict[str, dict[str, Any]] = {
+    "right": {},
+    "base": {"adapter": None},
+    "requantised": {"model": "run", "adapter": None},
+    "weaker": {"scale": 0.85},
+    "stronger": {"scale": 1.2},
+}
+
+
 @pytest.fixture(scope="module")
-def answers(files: Path) -> dict[str, Compared]:
-    """What a right server and one without the adapter say at many places, for subsets of them."""
+def places(files: Path) -> list[Place]:
+    """Many places, for subsets of them."""
     arguments = VerifyArguments(num_places=150)
+    return load_reference(files / "run", open_run(files / "run"), arguments).places
+
+
+@pytest.fixture(scope="module")
+def answers(files: Path, places: list[Place]) -> dict[str, Served]:
+    """What right and wrong servers say at these places: SERVERS says how each is made."""
     merged = open_run(files / "run")
+    write_whole(merged, files / "run")
     tokenizer = load_tokenizer(merged.base.model_id)
-    reference = load_reference(files / "run", merged, arguments)
-    compared = {}
-    for name, adapter in (("right", files / ADAPTER), ("base", None)):
-        server = start_server(files / "none" / MODEL, adapter=adapter)
+    served = {}
+    for name, options in SERVERS.items():
+        options = {"adapter": files / ADAPTER} | options
+        server = start_server(files / options.pop("model", "none") / MODEL, **options)
         client = Client(server.listening_address, key=None, model=None, preferred="run")
-        served = [client.next_log_probs(place.tokens, tokenizer) for place in reference.places]
-        compared[name] = align(reference.places, served)
-    return compared
+        served[name] = [client.next_log_probs(place.tokens, tokenizer) for place in places]
+    return served
+
+
+def test_a_scaling_that_is_a_little_off_is_told(
+    places: list[Place], answers: dict[str, Served]
+) -> None:
+    """The distances alone let it pass."""
+    for name in ("weaker", "stronger"):
+        assert judge(align(places, answers[name])).ok, name
+        found = judge_places(places, answers[name], max_error=None)
+        assert found.ok is False and "of the adapter is applied" in found.text, name
+        assert abs(float(found.text.split()[0]) - SERVERS[name]["scale"]) < 0.1, found.text
+
+
+def test_no_choice_of_places_makes_a_scaling_look_wrong(
+    places: list[Place], answers: dict[str, Served]
+) -> None:
+    for seed in range(100):
+        some = random.Random(seed).sample(range(len(places)), 20)
+        for name in ("right", "requantised"):
+            given = [answers[name][index] for index in some]
+            assert scaling_problem([places[index] for index in some], given) is None, (name, seed)
+
+
+def test_a_scaling_is_measured_with_its_error() -> None:
+    """On made-up places, whose numbers share an error, the error is how much the results vary."""
+    results = []
+    for seed in range(200):
+        draw = random.Random(seed)
+        sums = []
+        for _ in range(64):
+            direction, shared = [draw.gauss(0, 1) for _ in range(20)], draw.gauss(0, 0.3)
+            square = sum(d * d for d in direction)
+            sums.append((-0.2 * square + shared * square, square))
+        results.append(measured_scaling(sums))
+    scalings, errors = zip(*results, strict=True)
+    assert abs(statistics.mean(scalings) - 0.8) < 0.01
+    assert statistics.mean(errors) == pytest.approx(statistics.stdev(scalings), rel=0.2)
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_no_choice_of_places_raises_a_false_alarm(seed: int, answers: dict[str, Compared]) -> None:
-    for name, compared in answers.items():
+def test_no_choice_of_values_raises_a_false_alarm(
+    seed: int, places: list[Place], answers: dict[str, Served]
+) -> None:
+    for name in ("right", "base"):
+        compared = align(places, answers[name])
         generator = torch.Generator().manual_seed(seed)
         some = torch.randperm(len(compared.server), generator=generator)[:600]
         models = {model: values[some] for model, values in compared.models.items()}

@@ -1,6 +1,7 @@
 """What a LoRA run leaves behind, made without a run: an adapter of random numbers."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def save_adapter_run(
     summary = {"steps": 4, "run": identity}
     (run_dir / "final/summary.json").write_text(json.dumps(summary))
     return identity
+
+
+def with_other_weights(base: Path, folder: Path) -> Path:
+    """A copy of a base model, folder/other, of which one weight is another."""
+    other = shutil.copytree(base, folder / "other")
+    weights = bytearray((other / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "model.safetensors").write_bytes(weights)
+    return other
 
 
 def open_run(run_dir: Path) -> MergedWeights:

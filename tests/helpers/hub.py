@@ -1,5 +1,6 @@
-"""A stand-in for the hub's client, which notes what it is asked to do."""
+"""A stand-in for the hub's client, which notes what it is asked to do, and for the hub's cache."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,17 @@ import httpx2
 from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 
 TOKEN = "hf_" + "x" * 34
+COMMIT = "c" * 40
+
+
+def put_in_cache(model: Path, cache: Path, name: str, *, commit: str = COMMIT) -> Path:
+    """Put a model into a folder that has the form of the hub's cache, as OWNER/NAME at a commit;
+    return the folder of its files.
+    """
+    repository = cache / f"models--{name.replace('/', '--')}"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    return shutil.copytree(model, repository / "snapshots" / commit)
 
 
 class FakeHub:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from transformers.utils import cached_file, extract_commit_hash
 from trl import ScriptArguments
 
 from finetune.arguments import Config
@@ -256,14 +257,19 @@ def public(version: str) -> str:
 
 
 def model_revision(model_id: str, *, revision: str) -> str:
-    """The hub's commit or, for a folder, a hash of its config.json and of the size, beginning and
-    end of each of its weights files.
+    """The hub's commit, also of a folder in the hub's cache; the hash of any other folder."""
+    load_config(model_id, revision=revision)  # refuses what is not there, or is not gpt-oss
+    # transformers 5.23.0 leaves the commit out of its configs; the path of a cached file holds it.
+    commit = extract_commit_hash(cached_file(model_id, "config.json", revision=revision), None)
+    return folder_hash(Path(model_id)) if commit is None else commit
+
+
+def folder_hash(folder: Path) -> str:
+    """A hash of a model's config.json and of the size, beginning and end of each of its weights
+    files.
     """
-    commit = getattr(load_config(model_id, revision=revision), "_commit_hash", None)
-    if commit is not None:
-        return commit
-    digest = hashlib.sha256((Path(model_id) / "config.json").read_bytes())
-    for file in sorted(Path(model_id).glob("*.safetensors")):
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
         with file.open("rb") as weights:
             size = weights.seek(0, 2)
             digest.update(f"{file.name} {size}".encode())

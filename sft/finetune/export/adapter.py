@@ -7,17 +7,31 @@ LoRAModelManager._stack_moe_lora_weights, at commit 01533aa8f9c07da9766323fbaf4c
 parameters are adapted, and it does not take modules_to_save.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from peft import LoraConfig
 
-from finetune.export.shards import write_shard
+from finetune.export.shards import check_space, delete_unfinished, free_bytes, write_shard
 from finetune.export.source import ADAPTER, RunWeights
 
 
-def write_adapter(run_weights: RunWeights, lora: LoraConfig, output: Path) -> None:
-    """Write what PEFT's save_pretrained writes, without a model in memory."""
-    write_shard({name: run_weights.rows(name) for name in run_weights.shapes}, output / ADAPTER)
+def write_adapter(
+    run_weights: RunWeights,
+    lora: LoraConfig,
+    output: Path,
+    *,
+    free_bytes: Callable[[Path], int] = free_bytes,
+) -> None:
+    """Write what PEFT's save_pretrained writes, without a model in memory.
+
+    Raises UserError before anything is written if it does not fit on the disk.
+    """
+    tensors = {name: run_weights.rows(name) for name in run_weights.shapes}
+    wanted = sum(tensor.nbytes for tensor in tensors.values())
+    delete_unfinished(output)  # before the room is measured
+    check_space(output, wanted, free=free_bytes(output))
+    write_shard(tensors, output / ADAPTER)
     lora.save_pretrained(output)
 
 

@@ -1,5 +1,6 @@
 """Write a run's LoRA adapter as a GGUF file that llama.cpp loads beside the published base."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -8,13 +9,21 @@ from finetune.errors import UserError
 from finetune.export.gguf_layout import name_map, parts_of
 from finetune.export.gguf_metadata import adapter_writer
 from finetune.export.merge import MergedWeights, Target, expert_factors
+from finetune.export.shards import check_space, free_bytes
 from finetune.model.loading import load_config
 
 ADAPTER = "adapter.gguf"
 
 
-def write_adapter(merged: MergedWeights, output: Path, *, name: str) -> None:
-    """Write output/adapter.gguf. Raises UserError if the run trained more than factors A and B.
+def write_adapter(
+    merged: MergedWeights,
+    output: Path,
+    *,
+    name: str,
+    free_bytes: Callable[[Path], int] = free_bytes,
+) -> None:
+    """Write output/adapter.gguf. Raises UserError, before anything is written, if the run trained
+    more than factors A and B, or if the file does not fit on the disk.
 
     llama.cpp adds alpha / r times B A to a weight, with one alpha for the whole file. Where PEFT
     scales some weights otherwise, the difference goes into B.
@@ -37,6 +46,8 @@ def write_adapter(merged: MergedWeights, output: Path, *, name: str) -> None:
             # Gate and up share A: it is in the file twice.
             writer.add_tensor(f"{piece.name}.lora_a", a.numpy())
             writer.add_tensor(f"{piece.name}.lora_b", scaled.contiguous().numpy())
+    wanted = sum(tensor.nbytes for tensors in writer.tensors for tensor in tensors.values())
+    check_space(output, wanted, free=free_bytes(output))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

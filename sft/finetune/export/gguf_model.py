@@ -53,12 +53,13 @@ def write_model(
     name: of the model, shown by the programs that load it. Raises UserError before a weight is
     written if they do not fit on the disk.
     """
+    header, part, journal = (output / f".{MODEL}.{end}" for end in ("header", "part", "journal"))
     if (output / MODEL).exists():
+        journal.unlink(missing_ok=True)  # the last that a call does, which may have been killed
         return
     config = load_config(merged.base.model_id, revision=merged.base.revision)
     names = name_map(config.num_hidden_layers)
     parts = {source: parts_of(source, names) for source in merged.names}
-    header, part, journal = (output / f".{MODEL}.{end}" for end in ("header", "part", "journal"))
     writer = model_writer(header, config, name=name)
     add_tokenizer(writer, tokenizer, vocab_size=config.vocab_size)
     places = write_header(writer, merged, parts)
@@ -163,7 +164,8 @@ def begin(header: Path, part: Path, journal: Path) -> set[str]:
         with open(part, "rb") as file:
             if file.read(len(text)) == text:
                 header.unlink()
-                return set(journal.read_text().splitlines())
+                # A line without its end is cut off, and may be the beginning of a longer name.
+                return set(journal.read_text().split("\n")[:-1])
     journal.write_text("")
     header.rename(part)
     return set()

@@ -81,7 +81,7 @@ def push(api: HfApi, folder: Path, repo_id: str, *, private: bool) -> str:
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         check_visibility(api, repo_id, private=private)  # it may have changed during the export
-        # Names that begin with a dot are those of shards whose writing was interrupted.
+        # Names that begin with a dot are those of what an interrupted call has left.
         api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=[".*"])
     except HfHubHTTPError as error:
         reason = error.server_message or status(error)

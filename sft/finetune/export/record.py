@@ -20,8 +20,9 @@ Format = Literal["adapter", "bf16", "mxfp4", "gguf", "gguf-adapter"]
 class ExportRecord:
     """What is exported, and how faithful the result is.
 
-    format, origin (`final` or `checkpoint-N`), step, fingerprint (RunRecord.identity()) and
-    weights_sha256 (of the run's weights, None where nothing recorded it) decide whether two calls
+    format, origin (`final` or `checkpoint-N`), step, fingerprint (RunRecord.identity()),
+    weights_sha256 (of the run's weights, None where nothing recorded it) and base_hash (of the base
+    model, fingerprint.folder_hash; None in records of earlier versions) decide whether two calls
     make the same export. text: which conversations the export was compared on.
     fidelity: what fidelity.measure_fidelity returned; None if the export was not verified. hints:
     sentences for the user.
@@ -35,6 +36,7 @@ class ExportRecord:
     fidelity: dict[str, Any] | None = None
     hints: list[str] = field(default_factory=list)
     weights_sha256: str | None = None
+    base_hash: str | None = None
 
     def write(self, output: Path, *, finished: bool) -> None:
         """Write it to the output folder; what was not measured is left out."""
@@ -79,4 +81,10 @@ def check_same_export(begun: ExportRecord | None, record: ExportRecord, output: 
         raise UserError(
             f"{output} holds an export as {begun.format} of step {begun.step} or of another run: "
             "give another --output"
+        )
+    # The fingerprint names the commit of a base from the hub, and --model may give any folder.
+    if begun.base_hash not in (None, record.base_hash):
+        raise UserError(
+            f"{output} holds an export that was begun with another base model: repeat it with the "
+            "--model of that call, or give another --output"
         )

@@ -80,17 +80,28 @@ class Client:
 
     def answer(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         response = self.response(method, path, body)
-        if response.status_code in (401, 403):
-            raise UserError(
-                f"{self.shown_url} wants another key: export API_KEY as the server has it"
-            )
         try:
             response.raise_for_status()
             return response.json()
         except (httpx.HTTPStatusError, ValueError, RecursionError):
-            text = " ".join(response.text.split())[:200]
             kind = Refusal if response.status_code in (400, 413, 422) else UserError
-            raise kind(f"{self.shown_url}{path} answers {response.status_code}: {text}") from None
+            raise kind(self.problem_of(response, path)) from None
+
+    def problem_of(self, response: httpx.Response, path: str) -> str:
+        """What is wrong with an answer that cannot be used, and what to do if that is known."""
+        if response.status_code == 401:
+            return f"{self.shown_url} wants another key: export API_KEY as the server has it"
+        text = " ".join(response.text.split())[:200] or "an empty text"
+        answer = f"{self.shown_url}{path} answers {response.status_code}"
+        if response.status_code == 403:
+            return (
+                f"{answer}, not allowed: the key in API_KEY lacks the permission, or a proxy in "
+                f"between refuses ({text})"
+            )
+        if response.is_redirect:
+            place = without_secrets(response.headers.get("Location", "")) or "a place it leaves out"
+            return f"{answer}, a redirect to {place}: give the URL of the server itself"
+        return f"{answer}: {text}"
 
     def response(self, method: str, path: str, body: dict[str, Any] | None) -> httpx.Response:
         """Ask again while the server is loading or busy, and a few times where it fails."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from finetune.checkpoint.fingerprint import folder_hash
 from finetune.errors import only_warn
 from finetune.export.divergence import Logits, Rows
 from finetune.export.fidelity import reference_logits
@@ -37,7 +38,7 @@ class Place:
 
 @dataclass
 class Reference:
-    """identity: of the weights that were trained (RunRecord.identity and their step)."""
+    """identity: of the weights that were trained, and of the base (see identity_of)."""
 
     identity: dict[str, Any]
     places: list[Place]
@@ -48,6 +49,7 @@ def identity_of(merged: MergedWeights, *, num_examples: int, num_places: int) ->
     run = merged.run_weights
     values = {"origin": run.origin, "step": run.step, "run": run.record.identity()}
     values["weights_sha256"] = run.weights_sha256
+    values["base_hash"] = folder_hash(merged.base.folder)
     return values | {"num_examples": num_examples, "num_places": num_places}
 
 

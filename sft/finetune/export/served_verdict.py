@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from finetune.export.served_reference import Place
+from finetune.export.served_scaling import scaling_problem
 
 # A correct engine is closer to the trained model than this share of what training changed. The
 # distance of llama.cpp, which rounds to 8 bits and bf16, is under 0.01 of it on the tiny model.
@@ -62,7 +63,9 @@ def align(places: list[Place], served: list[dict[int, float]]) -> Compared:
 def judge_places(
     places: list[Place], served: list[dict[int, float]], *, max_error: float | None
 ) -> Verdict:
-    """As judge, of all places together; then by how many the base answers, or nobody."""
+    """As judge, of all places together; then by how many the base answers, or nobody, and by how
+    much of an adapter is applied.
+    """
     verdict = judge(align(places, served), max_error=max_error)
     num_of_base, num_answered = places_of_base(places, served), sum(map(bool, served))
     if num_of_base > 1 and verdict.text not in WRONG.values():
@@ -73,7 +76,8 @@ def judge_places(
     if verdict.ok and num_answered < MIN_ANSWERED * len(places):
         text = f"cannot be told: the server answers at {num_answered} of {len(places)} places"
         return Verdict(None, text, verdict.rows)
-    return verdict
+    problem = scaling_problem(places, served) if verdict.ok else None
+    return verdict if problem is None else Verdict(False, problem, verdict.rows)
 
 
 def places_of_base(places: list[Place], served: list[dict[int, float]]) -> int:

@@ -1,6 +1,6 @@
 """Write weights to sharded safetensors, with one stack of experts in memory at a time.
 
-Each shard is written under another name and then renamed, so a shard under its own name is
+Each shard is written in a folder of its own and then moved out, so a shard in its place is
 complete: a second call goes on where the first was interrupted. The index is written last, because
 nothing can load the folder without it.
 """
@@ -31,6 +31,7 @@ from finetune.model.quantize import quantize, requantize
 from finetune.model.weights import read_packed
 
 INDEX = "model.safetensors.index.json"
+UNFINISHED = ".unfinished"
 MAX_SHARD_BYTES = 5 * 10**9
 
 
@@ -112,6 +113,7 @@ def write_weights(
     sizes = [sum(num_bytes(merged, name, form=form) for name in names) for names in shards]
     done = [is_complete(output / file) for file in files]
     missing = sum(size for size, is_done in zip(sizes, done, strict=True) if not is_done)
+    delete_unfinished(output)  # before the room is measured
     check_space(output, missing, free=free_bytes(output))
     with show_progress(form, total=sum(sizes)) as advance:
         for file, names, size, is_done in zip(files, shards, sizes, done, strict=True):
@@ -136,11 +138,27 @@ def show_progress(form: Format, *, total: int) -> Iterator[Callable[[int], None]
 
 
 def write_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file under another name and rename it once it is complete."""
-    part = file.with_name(f".{file.name}.part")
+    """Write a safetensors file in a folder beside it, and move it out once it is complete."""
+    delete_unfinished(file.parent)
+    folder = file.parent / UNFINISHED
+    folder.mkdir()
+    part = folder / file.name
     contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(contiguous, part, metadata={"format": "pt"})
+    # safetensors 0.8.0 makes files that no other user may read, whatever the umask says (its issue
+    # 782; to be deleted with the release that has its pull request 789). A folder's mode obeys it.
+    part.chmod(folder.stat().st_mode & 0o666)
     part.rename(file)
+    folder.rmdir()
+
+
+def delete_unfinished(output: Path) -> None:
+    """Delete the shard that a killed call was writing.
+
+    It is in a folder of its own, because safetensors writes it under a name that nobody knows.
+    """
+    if (output / UNFINISHED).exists():
+        shutil.rmtree(output / UNFINISHED)
 
 
 def is_complete(file: Path) -> bool:
