@@ -14,9 +14,9 @@ A bound is not a forecast: real kernels stay behind it, and the time of launches
 not in it. Launches are counted, but those of the optimizer are not. Nor are the seven waits that
 TRL's metrics and Trainer's check of the loss add to a microbatch.
 
-As the task files have it, gpt-oss-20b-lora is bound by eager element-wise operations,
-gpt-oss-120b-lora by unpacking its base, gpt-oss-20b-sft by its products with the experts' weights,
-and gpt-oss-120b-sft by moving weights and gradients.
+As the task files have it, gpt-oss-20b-lora and gpt-oss-20b-sft are bound by their products with
+the experts' weights, gpt-oss-120b-lora by unpacking its base, and gpt-oss-120b-sft by moving
+weights and gradients.
 """
 
 from dataclasses import dataclass, field
