@@ -142,7 +142,9 @@ def node_envs(
         "SKYPILOT_NUM_NODES": str(num_nodes),
         "SKYPILOT_NUM_GPUS_PER_NODE": str(NUM_PROCESSES // num_nodes),
         "SKYPILOT_NODE_IPS": "\n".join(["127.0.0.1"] * num_nodes),
-        "PYTHONPATH": str(REPO / "tests/rehearsal/cpu"),
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(REPO / "tests/rehearsal/cpu"), os.environ.get("PYTHONPATH")])
+        ),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "TOKENIZERS_PARALLELISM": "false",

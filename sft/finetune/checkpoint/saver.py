@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from accelerate import PartialState
+from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from transformers import TrainerCallback, TrainerControl, TrainerState
@@ -49,6 +50,9 @@ FULL_BYTES = 2**20
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 # How long a save may take before training goes on without beginning the next one.
 LONGEST_SAVE_SECONDS = 600.0
+# torch before 2.13 closes a stager after each save, also one that it was given: its second save
+# would end the run. Delete this where no cluster's own image has such a torch.
+CLOSES_STAGERS = Version(torch.__version__) < Version("2.13")
 # How often ranks that wait for an upload vote meanwhile.
 SECONDS_BETWEEN_VOTES = 1.0
 
@@ -153,9 +157,7 @@ class Saver(TrainerCallback):
         # One worker, since the jobs of a save follow each other and saves never overlap.
         self.executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="saver")
         # One stager for all saves: it keeps the pinned host buffers of the first save and fills
-        # them again, while a new stager would pin all of them anew, with training waiting. torch
-        # 2.13 leaves a stager that it is given open (async_save closes only one it has made);
-        # torch 2.11 closes it after each save, which ends the run at its second save.
+        # them again, while a new stager would pin all of them anew, with training waiting.
         self.stager = make_stager()
         # Two gloo groups of our own. Collectives of one group must be issued in the same order on
         # all ranks. DCP issues its own from a background thread at any time, so they cannot share
@@ -338,6 +340,8 @@ class Saver(TrainerCallback):
         """Copy the tensors to host memory and let torch DCP write them in a thread of its own."""
         if state_dict is None:
             return None
+        if CLOSES_STAGERS:
+            self.stager = make_stager()
         written = dcp.async_save(
             state_dict,
             checkpoint_id=folder,
