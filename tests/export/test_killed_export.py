@@ -54,7 +54,9 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("form", "kills"),
     [
-        ("bf16", [(shard(2), kill_in_the_next_file), (shard(2), kill)]),
+        pytest.param(
+            "bf16", [(shard(2), kill_in_the_next_file), (shard(2), kill)], marks=pytest.mark.long
+        ),
         ("mxfp4", [(shard(1), kill), (shard(2), kill_in_the_next_file)]),
         # A weight is on the disk and not in the journal; all is done but the journal's removal.
         ("gguf", [(Place("open", JOURNAL, 20), kill), (Place("os.remove", JOURNAL, 1), kill)]),

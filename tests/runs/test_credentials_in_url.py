@@ -5,6 +5,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from helpers.launching import LORA, Launch
 from helpers.paths import CONVERSATIONS
 
@@ -34,6 +36,7 @@ class SignedFile(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.long  # tests/test_credentials.py has the parts
 def test_nothing_that_a_run_leaves_holds_the_signature(launch: Launch, tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), SignedFile) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
