@@ -168,6 +168,7 @@ def test_a_notice_of_aws_alone_saves_and_ends_with_the_status_that_is_launched_a
     assert f"checkpoint-{step}" in {folder.name for folder in kept}
 
 
+@pytest.mark.long  # tests/runs/test_survival.py has SIGTERM in training
 def test_sigterm_twice_to_all_processes_in_an_evaluation_saves_its_step(
     start: Start, tmp_path: Path
 ) -> None:

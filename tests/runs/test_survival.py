@@ -91,9 +91,8 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
     assert all(expected[name].equal(actual[name]) for name in expected)
 
 
-@pytest.mark.parametrize(
-    "recipe", [FULL, pytest.param(LORA, marks=pytest.mark.long)], ids=["full", "lora"]
-)
+@pytest.mark.long  # every rehearsal is killed once
+@pytest.mark.parametrize("recipe", [FULL, LORA], ids=["full", "lora"])
 def test_a_run_killed_at_random_moments_ends_like_one_never_killed(
     recipe: tuple[str, ...],
     launch: Launch,
@@ -228,6 +227,7 @@ def exists(node: list[str], path: str) -> bool:
     return subprocess.run([*node, "test", "-e", path]).returncode == 0
 
 
+@pytest.mark.long  # tests/checkpoint has the parts
 def test_a_run_ends_when_its_bucket_is_unmounted_and_resumes_when_it_is_back(
     launch: Launch, start: Start, node: list[str], tmp_path: Path
 ) -> None:

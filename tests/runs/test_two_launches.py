@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import psutil
+import pytest
 
 from finetune.checkpoint.manifest import check_complete
 from helpers.launching import LORA, Launch, Start, await_event, finish
@@ -25,6 +26,7 @@ def sha256_of_files(artifact: Path) -> dict[str, str]:
     return hashes
 
 
+@pytest.mark.long  # tests/sky/test_two_mounts.py has two machines
 def test_the_newer_of_two_launches_ends_like_a_run_alone_and_the_older_stops(
     launch: Launch, start: Start, tmp_path: Path
 ) -> None:
