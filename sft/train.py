@@ -239,7 +239,8 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
     check_experts()
     attention = config.model.attn_implementation or choose_attention()
     weights = BaseWeights(config.model_id, revision=config.model.model_revision)
-    row = config.training.max_length or mean_length(data.train)
+    context = mean_length(data.train)
+    row = config.training.max_length or context
     model = load_model(
         weights,
         attn_implementation=attention,
@@ -286,7 +287,6 @@ def make_trainer(config: Config, data: Data) -> tuple[ResumableSFTTrainer, Throu
     use_low_rank_linears(trainer.model)
     configure_gradients(trainer)
 
-    context = mean_length(data.train)
     flops = flops_per_token(model.config, context=context, lora=config.model.use_peft)
     throughput = Throughput(flops, num_processes=num_processes)
     # First in the list, so that what it adds to a log entry reaches the callbacks that print it and

@@ -26,7 +26,7 @@ from finetune.data.dataset import (
 )
 from finetune.data.options import DataArguments
 from finetune.errors import UserError
-from helpers.paths import CONVERSATIONS, REPO
+from helpers.paths import CONVERSATIONS, REPO, python_path
 from helpers.rows import ASSISTANT, ROW, USER, write_rows
 
 DEFAULTS = DataArguments(conversation_start_date="2026-01-02")
@@ -260,8 +260,10 @@ def test_a_converter_that_changes_is_not_served_the_cache_of_the_old_one(tmp_pat
     script += "print(load(sys.argv[1])[0]['shape'])"
 
     def shape() -> str:
-        path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-        envs = os.environ | {"PYTHONPATH": path, "HF_HOME": str(tmp_path / "cache")}
+        envs = os.environ | {
+            "PYTHONPATH": python_path(str(code)),
+            "HF_HOME": str(tmp_path / "cache"),
+        }
         command = [sys.executable, "-c", script, str(file)]
         return subprocess.run(command, env=envs, capture_output=True, text=True).stdout.strip()
 

@@ -1,13 +1,8 @@
 """The experts' kernels compute what autograd computes.
 
-Without a GPU Triton's interpreter runs them. It has to be chosen before Triton is imported, so one
-test here starts pytest again, with it, on what is marked `runs_kernels` and on some of
-test_experts.py.
+Without a GPU Triton's interpreter runs what is marked `runs_kernels`, and some of test_experts.py.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +11,25 @@ import torch
 
 from finetune.model import expert_kernels
 from finetune.model.expert_ops import ClampedSwiglu, sum_pairs
+from helpers.interpreter import (
+    DEVICE,
+    assert_passes_in_interpreter,
+    runs_kernels,
+    starts_interpreter,
+)
 from helpers.tensors import assert_same
 
 ALPHA, LIMIT = 1.702, 7.0
 TOP_K, NUM_EXPERTS = 2, 5
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-runs_kernels = pytest.mark.skipif(
-    not (ON_GPU or expert_kernels.INTERPRETED), reason="runs on a GPU or in Triton's interpreter"
-)
 
 
-@pytest.mark.skipif(ON_GPU or expert_kernels.INTERPRETED, reason="the kernels run as they are")
+@starts_interpreter
 def test_what_runs_the_kernels_passes_in_tritons_interpreter() -> None:
     """The experts as a whole too: of one token, and with experts that no token goes to."""
     folder = Path(__file__).parent
     files = [str(folder / name) for name in ("test_expert_kernels.py", "test_experts.py")]
     chosen = "autograd or of_each_token or shape1 or without_any_token"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+    assert_passes_in_interpreter(*files, "-k", chosen)
 
 
 def swiglu_by_definition(

@@ -1,13 +1,6 @@
-"""Experts in MXFP4 that are unpacked within the product compute what unpacked ones compute.
+"""Experts in MXFP4 that are unpacked within the product compute what unpacked ones compute."""
 
-Without a GPU Triton's interpreter runs the kernel. It has to be chosen before Triton is imported,
-so one test here starts pytest again, with it, on the others.
-"""
-
-import os
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -18,32 +11,27 @@ from finetune.benchmark.synthetic import make_config
 from finetune.model import fused_unpacking, mxfp4
 from finetune.model.mxfp4 import PackedGroupedMM, unpack
 from finetune.model.unpacking_probe import choose_unpacking, probe, products_of_layer
+from helpers.interpreter import (
+    DEVICE,
+    ON_GPU,
+    assert_passes_in_interpreter,
+    runs_kernels,
+    starts_interpreter,
+)
 from helpers.packed import IN, OUT, every_value, random_packed
 from helpers.tensors import assert_same
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-INTERPRETED = fused_unpacking.INTERPRETED.value
-runs_kernel = pytest.mark.skipif(
-    not (ON_GPU or INTERPRETED), reason="runs on a GPU or in Triton's interpreter"
-)
 CONFIG = GptOssConfig(
     num_local_experts=6, num_experts_per_tok=2, hidden_size=96, intermediate_size=160
 )
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernel runs as it is")
+@starts_interpreter
 def test_what_runs_the_kernel_passes_in_tritons_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+    assert_passes_in_interpreter(__file__)
 
 
-@runs_kernel
+@runs_kernels
 @pytest.mark.parametrize("transpose", [True, False])
 def test_every_normal_value_is_unpacked_exactly(transpose: bool) -> None:
     """Times the unit matrix. Under a scale above 252 the largest values are infinite in bf16; under
@@ -56,7 +44,7 @@ def test_every_normal_value_is_unpacked_exactly(transpose: bool) -> None:
     assert torch.equal(y, weights.T if transpose else weights)
 
 
-@runs_kernel
+@runs_kernels
 @pytest.mark.parametrize(
     "counts", [(3, 0, 7, 1, 2), (0, 0, 0, 0, 9), (1, 0, 0, 0, 0), (130, 0, 256, 1, 129)]
 )
@@ -90,7 +78,7 @@ def test_outputs_and_gradients_are_those_of_unpacked_experts(
     assert_same(named, {"y": expected, "the gradient of x": expected_grad}, tolerance=5e-3)
 
 
-@runs_kernel
+@runs_kernels
 @pytest.mark.parametrize("num_tokens", [1, 300])
 def test_the_probe_trusts_a_kernel_that_is_right(num_tokens: int) -> None:
     products = products_of_layer(CONFIG, num_tokens=num_tokens, device=DEVICE)
@@ -106,7 +94,6 @@ def test_the_probe_refuses_a_wrong_kernel_with_the_reason(
     def packed_grouped_mm(*args: Any, transpose: bool) -> torch.Tensor:
         if wrong == "it raises":
             raise RuntimeError("no kernel image\nis available")
-        mxfp4.unpacks_in_product = False
         y = mxfp4.packed_grouped_mm(*args, transpose=transpose)
         y[-1] *= float("nan") if wrong == "nan" else 2
         return y

@@ -1,12 +1,5 @@
-"""Our rotary embedding is transformers' own, in its outputs and its gradients.
+"""Our rotary embedding is transformers' own, in its outputs and its gradients."""
 
-Without a GPU Triton's interpreter runs the kernel. It has to be chosen before Triton is imported,
-so one test here starts pytest again, with it, on the others.
-"""
-
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,23 +10,21 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOss
 
 from finetune.model import rotary, rotary_kernel
 from finetune.model.rotary import apply_rotary_pos_emb, probe, use_fused_rotary
+from helpers.interpreter import (
+    DEVICE,
+    ON_GPU,
+    assert_passes_in_interpreter,
+    runs_kernels,
+    starts_interpreter,
+)
 from helpers.tensors import assert_same
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = "cuda" if ON_GPU else "cpu"
-INTERPRETED = rotary_kernel.INTERPRETED
 SHAPES = [(1, 1, 4, 2, 8), (2, 37, 64, 8, 64), (2, 5, 3, 1, 12)]  # B, T, Hq, Hk, D
 
 
-@pytest.mark.skipif(ON_GPU or INTERPRETED, reason="the kernel runs as it is")
+@starts_interpreter
 def test_what_runs_the_kernel_passes_in_tritons_interpreter() -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+    assert_passes_in_interpreter(__file__)
 
 
 def by_transformers(
@@ -100,7 +91,7 @@ def test_an_attention_layer_rotates_by_it(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.skipif(not (ON_GPU or INTERPRETED), reason="runs on a GPU or in the interpreter")
+@runs_kernels
 def test_the_probe_trusts_a_kernel_that_is_right() -> None:
     assert probe(DEVICE) is None
 

@@ -138,8 +138,10 @@ def show_progress(form: Format, *, total: int) -> Iterator[Callable[[int], None]
 
 
 def write_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a safetensors file in a folder beside it, and move it out once it is complete."""
-    delete_unfinished(file.parent)
+    """Write a safetensors file in a folder beside it, and move it out once it is complete.
+
+    The caller has called delete_unfinished.
+    """
     folder = file.parent / UNFINISHED
     folder.mkdir()
     part = folder / file.name

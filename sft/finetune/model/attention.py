@@ -15,6 +15,8 @@ from transformers import GptOssConfig, GptOssForCausalLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention, GptOssRotaryEmbedding
 
+from finetune.model.probing import failure_of, relative_difference
+
 FASTEST_FIRST = ("flash_attention_4", "flex_attention")
 # Relative error against eager in fp32. bf16 itself rounds by 0.4%, and flex_attention passes its
 # log-sum-exp on in bf16. Leaving out the sinks, the windows or the boundaries between conversations
@@ -74,11 +76,11 @@ def probe(implementation: str, *, device: str) -> str | None:
     try:
         actual = outputs_and_gradients(implementation, device=device, dtype=torch.bfloat16)
     except Exception as error:  # a missing package, or whatever a kernel's compiler raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return failure_of(error)
     expected = outputs_and_gradients("eager", device=device, dtype=torch.float32)
     for name, value in expected.items():
-        difference = float((actual[name].float() - value).norm() / value.norm())
-        if not difference <= TOLERANCE:  # written so that NaN is refused too
+        difference = relative_difference(actual[name], value)
+        if not difference <= TOLERANCE:
             return f"{name} differs from eager's by {difference:.1%}"
     return None
 

@@ -12,6 +12,7 @@ from finetune.errors import UserError
 from finetune.model import expert_ops, mxfp4
 from finetune.model.experts import experts_forward
 from finetune.model.mxfp4 import BLOCK_SIZE, Mxfp4Weight
+from finetune.model.probing import failure_of, relative_difference
 
 # Relative error against fp32: bf16 itself rounds by 0.4%, and what is left out or wrong is more.
 TOLERANCE = 0.05
@@ -55,10 +56,10 @@ def probe(device: str) -> str | None:
     try:
         actual = outputs_and_gradients(device, torch.bfloat16)
     except Exception as error:  # whatever a kernel's compiler raises
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+        return failure_of(error)
     for name, value in expected.items():
-        difference = float((actual[name].float().cpu() - value).norm() / value.norm())
-        if not difference <= TOLERANCE:  # written so that NaN is refused too
+        difference = relative_difference(actual[name], value)
+        if not difference <= TOLERANCE:
             return f"{name} differs from fp32's by {difference:.1%}"
     return None
 

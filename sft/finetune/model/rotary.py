@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+from finetune.model.probing import failure_of, relative_difference
+
 try:
     from finetune.model import rotary_kernel
 except ImportError:  # a CPU build of torch comes without Triton
@@ -104,9 +106,9 @@ def probe(device: str) -> str | None:
         try:
             actual = rotary_kernel.rotate(q, k, cos, sin, backwards=backwards)
         except Exception as error:  # whatever a kernel's compiler raises
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            return failure_of(error)
         for ours, exact in zip(actual, expected, strict=True):
-            difference = float((ours.float() - exact).norm() / exact.norm())
-            if not difference <= TOLERANCE:  # written so that NaN is refused too
+            difference = relative_difference(ours, exact)
+            if not difference <= TOLERANCE:
                 return f"it differs from its definition by {difference:.1%}"
     return None
