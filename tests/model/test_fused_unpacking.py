@@ -9,6 +9,7 @@ from transformers import GptOssConfig
 
 from finetune.benchmark.synthetic import make_config
 from finetune.model import fused_unpacking, mxfp4
+from finetune.model.experts import TILE
 from finetune.model.mxfp4 import PackedGroupedMM, unpack
 from finetune.model.unpacking_probe import choose_unpacking, probe, products_of_layer
 from helpers.interpreter import (
@@ -85,6 +86,12 @@ def test_the_probe_trusts_a_kernel_that_is_right(num_tokens: int) -> None:
     assert [(len(p.x), p.times) for p in products] == [(2 * num_tokens, n) for n in (2, 1, 1, 1)]
     assert probe(products) is None
     assert not mxfp4.unpacks_in_product
+
+
+def test_products_are_timed_in_the_shapes_of_a_tile() -> None:
+    """A row of 262,144 tokens would not fit a card in one product, and is never computed in one."""
+    products = products_of_layer(CONFIG, num_tokens=TILE + 1, device="cpu")
+    assert {len(product.x) for product in products} == {2 * TILE}
 
 
 @pytest.mark.parametrize("wrong", ["a row", "nan", "it raises"])

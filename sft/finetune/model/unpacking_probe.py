@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import GptOssConfig
 
 from finetune.model import mxfp4
+from finetune.model.experts import TILE
 from finetune.model.mxfp4 import BLOCK_SIZE
 from finetune.model.probing import failure_of, relative_difference
 
@@ -67,8 +68,9 @@ def choose_unpacking(config: GptOssConfig, *, num_tokens: int) -> None:
 def products_of_layer(config: GptOssConfig, *, num_tokens: int, device: str) -> list[Product]:
     """The products of a checkpointed layer on random weights, forward and backward.
 
-    The first and the last expert get no token.
+    Of more tokens than a tile has, those of one tile. The first and the last expert get no token.
     """
+    num_tokens = min(num_tokens, TILE)
     generator = torch.Generator(device).manual_seed(0)
     num_experts, hidden = config.num_local_experts, config.hidden_size
     num_rows, width = num_tokens * config.num_experts_per_tok, config.intermediate_size
